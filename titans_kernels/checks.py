@@ -1,0 +1,179 @@
+"""What the operators take, said once: every message names the argument, what it got, what it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .state import MemoryState
+
+ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "identity")
+BACKENDS = ("auto", "torch", "triton")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _shape(x: Tensor) -> str:
+    return str(list(x.shape))
+
+
+def tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
+
+
+def floating(name: str, x: Any, like: Tensor | None = None) -> None:
+    """A tensor of a supported dtype on the device of `like`."""
+    tensor(name, x)
+    if x.dtype not in DTYPES:
+        takes = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"{name}: got dtype {x.dtype}, takes one of {takes}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name}: got device {x.device}, takes that of q, {like.device}")
+
+
+def shape(name: str, x: Tensor, takes: tuple[int, ...], meaning: str) -> None:
+    if tuple(x.shape) != takes:
+        raise ValueError(f"{name}: got shape {_shape(x)}, takes {meaning} = {list(takes)}")
+
+
+def queries(q: Any) -> None:
+    floating("q", q)
+    if q.dim() != 4 or q.shape[2] < 1 or q.shape[3] < 1:
+        raise ValueError(f"q: got shape {_shape(q)}, takes [B, T, H, D] with H, D >= 1")
+
+
+def tokens(q: Any, k: Any, v: Any) -> None:
+    queries(q)
+    for name, x in (("k", k), ("v", v)):
+        floating(name, x, q)
+        shape(name, x, tuple(q.shape), "that of q, [B, T, H, D]")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: got dtype {x.dtype}, takes that of q, {q.dtype}")
+
+
+def gates(q: Tensor, depth: int, **named: Any) -> None:
+    B, T, H, _ = q.shape
+    ranks = {}
+    for name, x in named.items():
+        floating(name, x, q)
+        ranks[name] = x.dim()
+        if tuple(x.shape) not in ((B, T, H), (B, T, H, depth)):
+            raise ValueError(
+                f"{name}: got shape {_shape(x)}, takes [B, T, H] = {[B, T, H]} "
+                f"or [B, T, H, L] = {[B, T, H, depth]}"
+            )
+    if len(set(ranks.values())) > 1:
+        found = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
+        raise ValueError(
+            f"theta, alpha, eta: got ranks {found}, takes the same shape for all three"
+        )
+
+
+def weights(name: str, matrices: Any, heads: int, width: int, like: Tensor) -> None:
+    """A tuple of [H, d_in, d_out] that leads from D to D."""
+    if not isinstance(matrices, tuple | list) or not matrices:
+        got = type(matrices).__name__ if not isinstance(matrices, tuple | list) else "none"
+        raise TypeError(f"{name}: got {got}, takes a tuple of at least one [H, d_in, d_out] tensor")
+    d_in = width
+    for i, w in enumerate(matrices):
+        floating(f"{name}[{i}]", w, like)
+        last = i == len(matrices) - 1
+        good = w.dim() == 3 and w.shape[:2] == (heads, d_in) and w.shape[2] >= 1
+        if not good or (last and w.shape[2] != width):
+            d_out = str(width) if last else "d_out"
+            raise ValueError(
+                f"{name}[{i}]: got shape {_shape(w)}, takes [H, d_in, d_out] = "
+                f"[{heads}, {d_in}, {d_out}]"
+            )
+        d_in = w.shape[2]
+
+
+def norm(value: Any, q: Tensor) -> None:
+    if value is None:
+        return
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(
+            f"norm: got {type(value).__name__}, takes None or a pair (weight, bias), [H, D] each"
+        )
+    for part, x in zip(("weight", "bias"), value, strict=True):
+        floating(f"norm {part}", x, q)
+        shape(f"norm {part}", x, tuple(q.shape[2:]), "[H, D]")
+
+
+def choice(name: str, value: Any, takes: tuple[str, ...]) -> None:
+    if value not in takes:
+        raise ValueError(f"{name}: got {value!r}, takes one of {', '.join(map(repr, takes))}")
+
+
+def boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, takes True or False")
+
+
+def chunk_size(value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"chunk_size: got {value!r}, takes an int of at least 1")
+    if value < 1:
+        raise ValueError(f"chunk_size: got {value}, takes an int of at least 1")
+
+
+def cu_seqlens(value: Any, q: Tensor) -> None:
+    """Values are looked at only on a CPU, where that costs no synchronisation."""
+    if value is None:
+        return
+    tensor("cu_seqlens", value)
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: got dtype {value.dtype}, takes int32 or int64")
+    if value.dim() != 1 or len(value) < 1:
+        raise ValueError(f"cu_seqlens: got shape {_shape(value)}, takes [N + 1]")
+    if q.shape[0] != 1:
+        raise ValueError(f"q: got batch {q.shape[0]}, takes 1 together with cu_seqlens")
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = value.tolist()
+        if ends[0] != 0 or ends[-1] != q.shape[1]:
+            raise ValueError(
+                f"cu_seqlens: got {ends[0]} first and {ends[-1]} last, "
+                f"takes 0 first and T = {q.shape[1]} last"
+            )
+        if any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+            raise ValueError(f"cu_seqlens: got {ends}, takes values that never fall")
+
+
+def state(
+    name: str,
+    value: Any,
+    q: Tensor,
+    layer_shapes: list[tuple[int, ...]],
+    sequences: int,
+    gate_rank: int | None,
+) -> None:
+    """A state of that many sequences with these layers; gate_rank None takes either kind of gates."""
+    if not isinstance(value, MemoryState):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes a MemoryState")
+    for part in ("weights", "momentum"):
+        matrices = getattr(value, name)
+        if len(matrices) != len(layer_shapes):
+            raise ValueError(
+                f"{name}.{name}: got {len(matrices)} layers, takes {len(layer_shapes)}"
+            )
+        for i, (x, (d_in, d_out)) in enumerate(zip(matrices, layer_shapes, strict=True)):
+            floating(f"{name}.{name}[{i}]", x, q)
+            takes = (sequences, q.shape[2], d_in, d_out)
+            shape(f"{name}.{name}[{i}]", x, takes, "[N, H, d_in, d_out]")
+    C = value.k.shape[1] if value.k.dim() > 1 else 0
+    for name in ("k", "v"):
+        x = getattr(value, name)
+        floating(f"{name}.{name}", x, q)
+        shape(f"{name}.{name}", x, (sequences, C, *q.shape[2:]), "[N, chunk_size, H, D]")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}.{name}: got dtype {x.dtype}, takes that of q, {q.dtype}")
+    rank = value.theta.dim() if gate_rank is None else gate_rank
+    takes = (sequences, C, q.shape[2], len(layer_shapes))[:rank]
+    for name in ("theta", "alpha", "eta"):
+        x = getattr(value, name)
+        floating(f"{name}.{name}", x, q)
+        shape(f"{name}.{name}", x, takes, "[N, chunk_size, H] or [N, chunk_size, H, L]")
+    tensor("initial_state.length", value.length)
+    shape("initial_state.length", value.length, (sequences,), "[N]")

@@ -1,0 +1,186 @@
+"""The operators on the PyTorch backend: sequences, tails and states to what the walk takes, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..state import MemoryState
+from .autograd import ChunkedMemory
+from .layout import BlockSize, Layout, block_size
+from .network import Network, output
+from .scan import Options
+from .span import Box, Inputs, compute_dtype, norm_rows
+
+Gates = tuple[Tensor, Tensor, Tensor]  # theta, alpha, eta
+
+
+def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> tuple[list[int], list[int]]:
+    """First token and length of every sequence. On a GPU, cu_seqlens costs a synchronisation."""
+    B, T = q.shape[:2]
+    if cu_seqlens is None:
+        return [i * T for i in range(B)], [T] * B
+    ends = cu_seqlens.tolist()
+    return ends[:-1], [b - a for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def _layout(
+    q: Tensor,
+    cu_seqlens: Tensor | None,
+    tails: list[int] | None,
+    chunk_size: int,
+    block: BlockSize,
+) -> tuple[Layout, Tensor | None]:
+    """The layout, longest sequence first, and the order of its sequences if it is not theirs."""
+    starts, lengths = _sequences(q, cu_seqlens)
+    table = 0 if tails is None else chunk_size * len(starts)
+    tails = tails or [0] * len(starts)
+    order = sorted(range(len(starts)), key=lambda i: -tails[i] - lengths[i])
+    pick = lambda x: [x[i] for i in order]  # noqa: E731
+    layout = Layout(
+        pick(tails), pick(lengths), pick(starts), order, table, chunk_size, block, q.device
+    )
+    same = order == list(range(len(order)))
+    return layout, None if same else torch.tensor(order, device=q.device)
+
+
+def _joined(tail: Tensor | None, tokens: Tensor) -> Tensor:
+    """[N, C, H, ...] and [B, T, H, ...] to [N C + B T, H, width], the table of tails first."""
+    width = tokens.shape[3] if tokens.dim() == 4 else 1
+    flat = tokens.reshape(-1, tokens.shape[2], width)
+    if tail is None:
+        return flat.contiguous()
+    return torch.cat([tail.reshape(-1, tokens.shape[2], width).to(flat.dtype), flat])
+
+
+def neural_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    weights: tuple[Tensor, ...],
+    norm: tuple[Tensor, Tensor] | None,
+    options: Options,
+    chunk_size: int,
+    initial_state: MemoryState | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, MemoryState | None]:
+    """As the public operator, of arguments that fit."""
+    old = initial_state
+    tails = None if old is None else old.length.tolist()
+    block = block_size(chunk_size, q.device)
+    layout, order = _layout(q, cu_seqlens, tails, chunk_size, block)
+    N, H, dtype = len(layout.lengths), q.shape[2], compute_dtype(q)
+
+    old_gates = (None, None, None) if old is None else (old.theta, old.alpha, old.eta)
+    inputs = Inputs(
+        _joined(None, q),
+        _joined(None if old is None else old.k, k),
+        _joined(None if old is None else old.v, v),
+        *(_joined(tail, gate) for tail, gate in zip(old_gates, gates, strict=True)),
+        *(norm or (None, None)),
+    )
+    first = weights if old is None else old.weights
+    momentum = [torch.zeros_like(w) for w in first] if old is None else old.momentum
+    state = []
+    for W, S in zip(first, momentum, strict=True):
+        WS = torch.stack([W.to(dtype), S.to(dtype)], -3)
+        WS = WS.expand(N, *WS.shape) if old is None else WS
+        WS = WS if order is None else WS.index_select(0, order)
+        state.append(WS.reshape(N * H, *WS.shape[-3:]))
+
+    with torch.autocast(q.device.type, enabled=False):
+        o, *final = ChunkedMemory.apply(layout, options, *inputs, *state)
+    o = o.view(q.shape)
+    if not output_final_state:
+        return o, None
+
+    index, valid, length = layout.tail()
+    back = None if order is None else order.argsort()
+    restore = lambda x: x if back is None else x.index_select(0, back)  # noqa: E731
+
+    def tail(x: Tensor, shape: torch.Size) -> Tensor:
+        if not len(x):  # no token anywhere
+            return x.new_zeros(N, chunk_size, *shape)
+        out = x.index_select(0, index.flatten()).view(N, chunk_size, *x.shape[1:])
+        out = out.masked_fill(~valid[:, :, None, None], 0.0)
+        return restore(out.view(N, chunk_size, *shape))
+
+    pairs = [restore(x.view(N, H, *x.shape[1:])).unbind(2) for x in final]
+    return o, MemoryState(
+        tuple(W.contiguous() for W, _ in pairs),
+        tuple(S.contiguous() for _, S in pairs),
+        *(tail(x, q.shape[2:]) for x in (inputs.k, inputs.v)),
+        *(tail(x, g.shape[2:]) for x, g in zip(inputs[3:6], gates, strict=True)),
+        restore(length),
+    )
+
+
+def retrieve(
+    q: Tensor,
+    weights_or_state: tuple[Tensor, ...] | MemoryState,
+    norm: tuple[Tensor, Tensor] | None,
+    options: Options,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """As the public operator, of arguments that fit."""
+    if isinstance(weights_or_state, MemoryState):
+        state = _after_tail(weights_or_state, norm, options)
+    else:  # all tokens read the same weights, so they are one sequence
+        state = tuple(w.unsqueeze(0) for w in weights_or_state)
+    shared = q.reshape(1, -1, *q.shape[2:]) if len(state[0]) == 1 else q
+    layout, order = _layout(shared, cu_seqlens, None, 64, block_size(64, q.device))
+    if order is not None:
+        state = tuple(W.index_select(0, order) for W in state)
+
+    H = q.shape[2]
+    tokens = _joined(None, q)
+    dtype = compute_dtype(q)
+    out = torch.zeros_like(tokens)
+    with torch.autocast(q.device.type, enabled=False):
+        for span in layout.spans():
+            box, network = Box(span, H, 0), Network(*options, norm_rows(norm, span.sequences, dtype))
+            x = box.queries.take(tokens, dtype).transpose(0, 1)  # [R, g, N, D]
+            x = h = x.flatten(1, 2)
+            for i, W in enumerate(state):
+                y = torch.bmm(h, W[: span.sequences].flatten(0, 1).to(dtype))
+                if i < len(state) - 1:
+                    (h,) = network.activate(y)
+            answers = output(y, x, network).unflatten(1, (-1, layout.block.tokens))
+            box.queries.put(out, answers.transpose(0, 1))
+    return out.view(q.shape)
+
+
+def _after_tail(
+    state: MemoryState, norm: tuple[Tensor, Tensor] | None, options: Options
+) -> tuple[Tensor, ...]:
+    """The weights after a state's last token: its open chunk, made whole by tokens that do nothing.
+
+    What fills it up has gates of 0. That clears the momentum, which a reader does not need.
+    """
+    C = state.chunk_size
+    there = torch.arange(C, device=state.k.device) < state.length[:, None]  # [N, C]
+    gates = (state.theta, state.alpha, state.eta)
+    closed = MemoryState(
+        state.weights,
+        state.momentum,
+        *(torch.zeros_like(x) for x in (state.k, state.v, *gates)),
+        torch.zeros_like(state.length),
+    )
+    theta, alpha, eta = (g * there.view(*there.shape, *[1] * (g.dim() - 2)) for g in gates)
+    _, whole = neural_memory(
+        state.k,
+        state.k,
+        state.v,
+        (theta, alpha, eta),
+        state.weights,
+        norm,
+        options,
+        C,
+        closed,
+        True,
+        None,
+    )
+    assert whole is not None
+    return whole.weights

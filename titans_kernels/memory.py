@@ -1,0 +1,177 @@
+"""The operators: one way in, checked once, whichever backend runs them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import checks, chunked
+from .state import MemoryState
+
+
+def neural_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    alpha: Tensor,
+    eta: Tensor,
+    weights: tuple[Tensor, ...],
+    *,
+    norm: tuple[Tensor, Tensor] | None = None,
+    activation: str = "gelu_tanh",
+    residual: bool = True,
+    chunk_size: int = 16,
+    initial_state: MemoryState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, MemoryState | None]:
+    """Titans' neural memory: a small MLP that learns keys to values while it answers queries.
+
+    The memory of every head is `f(x) = [x +] [LN](act(... act(x W_1) ...) W_L)`. Token t's surprise is
+    the gradient of its loss, taken at the weights with which its chunk starts (arXiv 2501.00663,
+    equations 8-15 and section 3.2):
+
+        g_t = grad_W ||f(k_t) - v_t||^2
+        S_t = eta_t S_{t-1} - theta_t g_t
+        W_t = (1 - alpha_t) W_{t-1} + S_t
+        o_t = f(q_t; W_t)
+
+    Args:
+        q, k, v (Tensor):
+            [B, T, H, D] of one dtype: float64, float32, bfloat16 or float16.
+        theta (Tensor):
+            [B, T, H], or [B, T, H, L] for one per memory layer: inner learning rate, at least 0.
+        alpha (Tensor):
+            The same shape: forgetting, in [0, 1]. 1 forgets everything before the token.
+        eta (Tensor):
+            The same shape: momentum, in [0, 1].
+        weights (tuple[Tensor, ...]):
+            L tensors [H, d_in, d_out] from D to D, the memory that every sequence starts with.
+        norm (tuple[Tensor, Tensor] | None):
+            Weight and bias, [H, D] each, of a LayerNorm (eps 1e-6) inside the memory. Default: None.
+        activation (str):
+            Between the layers: "gelu_tanh", "gelu" (erf), "silu", "relu" or "identity".
+        residual (bool):
+            Whether f adds its input. Default: True.
+        chunk_size (int):
+            Tokens that share the weights their gradients are taken at. Semantics, not a tuning knob:
+            a model is run with the chunk it was trained with. Default: 16.
+        initial_state (MemoryState | None):
+            Where B sequences (N with cu_seqlens) go on; `weights` then gives depth and shapes only
+            and has a zero gradient.
+        output_final_state (bool):
+            Whether to return the state. Default: False.
+        cu_seqlens (Tensor | None):
+            [N + 1] int32 or int64, 0 first and T last: sequences packed end to end in a batch of 1.
+        backend (str):
+            "auto", "torch" or "triton". One that is named never falls back to another.
+
+    Returns:
+        (o, state): o is [B, T, H, D] in q's dtype; state is None unless asked for. Passing it on as
+        `initial_state` continues exactly, wherever the sequence was cut, gradients included. One
+        token costs a pass over its open chunk, at most chunk_size tokens.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; it names what it got and what it takes.
+
+    Example:
+        >>> import torch
+        >>> from titans_kernels import neural_memory
+        >>> q, k, v = torch.nn.functional.normalize(torch.randn(3, 1, 100, 2, 8), dim=-1)
+        >>> theta, alpha, eta = 0.01 * torch.rand(3, 1, 100, 2)
+        >>> weights = torch.randn(2, 8, 32) / 8**0.5, torch.randn(2, 32, 8) / 32**0.5
+        >>> o, state = neural_memory(q, k, v, theta, alpha, eta, weights, output_final_state=True)
+        >>> o.shape, state.length
+        (torch.Size([1, 100, 2, 8]), tensor([4], dtype=torch.int32))
+    """
+    checks.tokens(q, k, v)
+    checks.weights("weights", weights, q.shape[2], q.shape[3], q)
+    checks.gates(q, len(weights), theta=theta, alpha=alpha, eta=eta)
+    checks.norm(norm, q)
+    checks.choice("activation", activation, checks.ACTIVATIONS)
+    checks.boolean("residual", residual)
+    checks.boolean("output_final_state", output_final_state)
+    checks.chunk_size(chunk_size)
+    checks.cu_seqlens(cu_seqlens, q)
+    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if initial_state is not None:
+        shapes = [tuple(w.shape[1:]) for w in weights]
+        checks.state("initial_state", initial_state, q, shapes, sequences, theta.dim())
+        if initial_state.chunk_size != chunk_size:
+            raise ValueError(
+                f"initial_state: got chunks of {initial_state.chunk_size} tokens, "
+                f"takes chunk_size = {chunk_size}"
+            )
+    _choose(backend)
+    return chunked.neural_memory(
+        q,
+        k,
+        v,
+        (theta, alpha, eta),
+        tuple(weights),
+        norm,
+        chunked.Options(activation, residual),
+        chunk_size,
+        initial_state,
+        output_final_state,
+        cu_seqlens,
+    )
+
+
+def retrieve(
+    q: Tensor,
+    weights_or_state: tuple[Tensor, ...] | MemoryState,
+    *,
+    norm: tuple[Tensor, Tensor] | None = None,
+    activation: str = "gelu_tanh",
+    residual: bool = True,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Ask a memory without teaching it: `o_t = f(q_t; W)` (arXiv 2501.00663, equation 15).
+
+    Args:
+        q (Tensor):
+            [B, T, H, D].
+        weights_or_state (tuple[Tensor, ...] | MemoryState):
+            L tensors [H, d_in, d_out] that all sequences share; or a state of B sequences (N with
+            cu_seqlens), read as it is after its last token, those of the open chunk included.
+        norm, activation, residual, cu_seqlens, backend:
+            As in `neural_memory`.
+
+    Returns:
+        o, [B, T, H, D] in q's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; it names what it got and what it takes.
+
+    Example:
+        >>> import torch
+        >>> from titans_kernels import retrieve
+        >>> weights = torch.randn(2, 8, 32) / 8**0.5, torch.randn(2, 32, 8) / 32**0.5
+        >>> retrieve(torch.randn(1, 5, 2, 8), weights).shape
+        torch.Size([1, 5, 2, 8])
+    """
+    checks.queries(q)
+    checks.norm(norm, q)
+    checks.choice("activation", activation, checks.ACTIVATIONS)
+    checks.boolean("residual", residual)
+    checks.cu_seqlens(cu_seqlens, q)
+    if isinstance(weights_or_state, MemoryState):
+        shapes = [tuple(w.shape[2:]) for w in weights_or_state.weights]
+        sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        checks.state("weights_or_state", weights_or_state, q, shapes, sequences, None)
+    else:
+        checks.weights("weights_or_state", weights_or_state, q.shape[2], q.shape[3], q)
+        weights_or_state = tuple(weights_or_state)
+    _choose(backend)
+    options = chunked.Options(activation, residual)
+    return chunked.retrieve(q, weights_or_state, norm, options, cu_seqlens)
+
+
+def _choose(backend: str) -> None:
+    """Only the PyTorch backend exists so far; one that is named never falls back to another."""
+    checks.choice("backend", backend, checks.BACKENDS)
+    if backend == "triton":
+        raise NotImplementedError("backend: got 'triton', which has no kernels yet; takes 'torch'")
