@@ -1,7 +1,8 @@
-"""What the operators take, said once: every message names the argument, what it got, what it takes."""
+"""What the operators take. Every message names the argument, what it got and what it takes."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ def cu_seqlens(value: Any, q: Tensor) -> None:
                 f"cu_seqlens: got {ends[0]} first and {ends[-1]} last, "
                 f"takes 0 first and T = {q.shape[1]} last"
             )
-        if any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+        if any(b < a for a, b in pairwise(ends)):
             raise ValueError(f"cu_seqlens: got {ends}, takes values that never fall")
 
 
@@ -149,31 +150,31 @@ def state(
     sequences: int,
     gate_rank: int | None,
 ) -> None:
-    """A state of that many sequences with these layers; gate_rank None takes either kind of gates."""
+    """A state of that many sequences with these layers. No gate_rank: either kind of gates."""
     if not isinstance(value, MemoryState):
         raise TypeError(f"{name}: got {type(value).__name__}, takes a MemoryState")
     for part in ("weights", "momentum"):
-        matrices = getattr(value, name)
+        matrices = getattr(value, part)
         if len(matrices) != len(layer_shapes):
             raise ValueError(
-                f"{name}.{name}: got {len(matrices)} layers, takes {len(layer_shapes)}"
+                f"{name}.{part}: got {len(matrices)} layers, takes {len(layer_shapes)}"
             )
         for i, (x, (d_in, d_out)) in enumerate(zip(matrices, layer_shapes, strict=True)):
-            floating(f"{name}.{name}[{i}]", x, q)
+            floating(f"{name}.{part}[{i}]", x, q)
             takes = (sequences, q.shape[2], d_in, d_out)
-            shape(f"{name}.{name}[{i}]", x, takes, "[N, H, d_in, d_out]")
+            shape(f"{name}.{part}[{i}]", x, takes, "[N, H, d_in, d_out]")
     C = value.k.shape[1] if value.k.dim() > 1 else 0
-    for name in ("k", "v"):
-        x = getattr(value, name)
-        floating(f"{name}.{name}", x, q)
-        shape(f"{name}.{name}", x, (sequences, C, *q.shape[2:]), "[N, chunk_size, H, D]")
+    for part in ("k", "v"):
+        x = getattr(value, part)
+        floating(f"{name}.{part}", x, q)
+        shape(f"{name}.{part}", x, (sequences, C, *q.shape[2:]), "[N, chunk_size, H, D]")
         if x.dtype != q.dtype:
-            raise TypeError(f"{name}.{name}: got dtype {x.dtype}, takes that of q, {q.dtype}")
+            raise TypeError(f"{name}.{part}: got dtype {x.dtype}, takes that of q, {q.dtype}")
     rank = value.theta.dim() if gate_rank is None else gate_rank
-    takes = (sequences, C, q.shape[2], len(layer_shapes))[:rank]
-    for name in ("theta", "alpha", "eta"):
-        x = getattr(value, name)
-        floating(f"{name}.{name}", x, q)
-        shape(f"{name}.{name}", x, takes, "[N, chunk_size, H] or [N, chunk_size, H, L]")
-    tensor("initial_state.length", value.length)
-    shape("initial_state.length", value.length, (sequences,), "[N]")
+    gate_shape = (sequences, C, q.shape[2], len(layer_shapes))[:rank]
+    for part in ("theta", "alpha", "eta"):
+        x = getattr(value, part)
+        floating(f"{name}.{part}", x, q)
+        shape(f"{name}.{part}", x, gate_shape, "[N, chunk_size, H] or [N, chunk_size, H, L]")
+    tensor(f"{name}.length", value.length)
+    shape(f"{name}.length", value.length, (sequences,), "[N]")

@@ -8,10 +8,10 @@ Over tokens 1..n this is linear in what the block started with, `(W_0, S_0)`, an
 
     S_t = M[t, 0] S_0 - sum_i M[t, i] g_i        W_t = a[t] W_0 + Q[t, 0] S_0 - sum_i Q[t, i] g_i
 
-With `E[t, j] = eta_{j+1} ... eta_t` and `A[t, j] = (1 - alpha_{j+1}) ... (1 - alpha_t)`, both lower
-triangular over 0..n, `M = E diag(1, theta)`, `a = A[:, 0]` and `Q = A M`, leaving out M's row 0 (the
-momentum the block starts with is added to the weights only from token 1 on). Row t holds the state
-after t tokens, so row 0 is the identity.
+With `E[t, j] = eta_{j+1} ... eta_t` and `A[t, j] = (1 - alpha_{j+1}) ... (1 - alpha_t)`, both
+lower triangular over 0..n, `M = E diag(1, theta)`, `a = A[:, 0]` and `Q = A M`, leaving out M's
+row 0 (the momentum the block starts with is added to the weights only from token 1 on). Row t
+holds the state after t tokens, so row 0 is the identity.
 
 The products are taken as products: no logarithm, no quotient. Gates of exactly 0 and 1 therefore
 have exact values and exact gradients. A token that is not `valid` is skipped: its row repeats the
@@ -35,7 +35,7 @@ class Coefficients(NamedTuple):
 
 
 def _running_products(factor: Tensor) -> Tensor:
-    """`out[t, j] = factor_{j+1} * ... * factor_t`, lower triangular: [..., n] -> [..., n+1, n+1]."""
+    """`out[t, j] = factor_{j+1} * ... * factor_t`, lower triangular, of [..., n]."""
     n = factor.shape[-1]
     after = torch.ones(n + 1, n + 1, dtype=torch.bool, device=factor.device).tril(-1)
     rows = torch.nn.functional.pad(factor, (1, 0), value=1.0).unsqueeze(-1)  # [..., n + 1, 1]
@@ -43,14 +43,16 @@ def _running_products(factor: Tensor) -> Tensor:
 
 
 def _running_products_backward(products: Tensor, d_products: Tensor) -> Tensor:
-    """The factors' gradient: factor s splits a product into E[s-1, j] before it and E[t, s] after."""
+    """The factors' gradient: factor s splits a product in those before it and those after it."""
     after = products.mT @ d_products
     return (products[..., :-1, :] * after[..., 1:, :]).sum(-1)
 
 
 def _moved(M: Tensor, valid: Tensor | None) -> Tensor:
     """The rows of M at which the weights move: those of tokens, and of valid ones."""
-    moves = M.new_ones(M.shape[-2]) if valid is None else torch.nn.functional.pad(valid.to(M), (1, 0))
+    moves = (
+        M.new_ones(M.shape[-2]) if valid is None else torch.nn.functional.pad(valid.to(M), (1, 0))
+    )
     if valid is None:
         moves[0] = 0
     return M * moves.unsqueeze(-1)
@@ -94,4 +96,6 @@ def coefficients_backward(
     dtheta = (dM * E).sum(-2)[..., 1:]
     deta = _running_products_backward(E, (dM * rates).tril())
     dalpha = -_running_products_backward(A, dA.tril())
+    if valid is not None:
+        dtheta, dalpha, deta = (x.masked_fill(~valid, 0.0) for x in (dtheta, dalpha, deta))
     return dtheta, dalpha, deta

@@ -28,9 +28,9 @@ def neural_memory(
 ) -> tuple[Tensor, MemoryState | None]:
     """Titans' neural memory: a small MLP that learns keys to values while it answers queries.
 
-    The memory of every head is `f(x) = [x +] [LN](act(... act(x W_1) ...) W_L)`. Token t's surprise is
-    the gradient of its loss, taken at the weights with which its chunk starts (arXiv 2501.00663,
-    equations 8-15 and section 3.2):
+    The memory of every head is `f(x) = [x +] [LN](act(... act(x W_1) ...) W_L)`. Token t's
+    surprise is the gradient of its loss, taken at the weights with which its chunk starts (arXiv
+    2501.00663, equations 8-15 and section 3.2):
 
         g_t = grad_W ||f(k_t) - v_t||^2
         S_t = eta_t S_{t-1} - theta_t g_t
@@ -49,14 +49,15 @@ def neural_memory(
         weights (tuple[Tensor, ...]):
             L tensors [H, d_in, d_out] from D to D, the memory that every sequence starts with.
         norm (tuple[Tensor, Tensor] | None):
-            Weight and bias, [H, D] each, of a LayerNorm (eps 1e-6) inside the memory. Default: None.
+            Weight and bias, [H, D] each, of a LayerNorm (eps 1e-6) inside the memory. Default:
+            None.
         activation (str):
             Between the layers: "gelu_tanh", "gelu" (erf), "silu", "relu" or "identity".
         residual (bool):
             Whether f adds its input. Default: True.
         chunk_size (int):
-            Tokens that share the weights their gradients are taken at. Semantics, not a tuning knob:
-            a model is run with the chunk it was trained with. Default: 16.
+            Tokens that share the weights their gradients are taken at. Semantics, not a tuning
+            knob: a model is run with the chunk it was trained with. Default: 16.
         initial_state (MemoryState | None):
             Where B sequences (N with cu_seqlens) go on; `weights` then gives depth and shapes only
             and has a zero gradient.
@@ -73,7 +74,8 @@ def neural_memory(
         token costs a pass over its open chunk, at most chunk_size tokens.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit; it names what it got and what it takes.
+        TypeError, ValueError: an argument that does not fit; it names what it got and what it
+        takes.
 
     Example:
         >>> import torch
@@ -144,7 +146,8 @@ def retrieve(
         o, [B, T, H, D] in q's dtype.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit; it names what it got and what it takes.
+        TypeError, ValueError: an argument that does not fit; it names what it got and what it
+        takes.
 
     Example:
         >>> import torch

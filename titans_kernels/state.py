@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 class MemoryState:
     """The memory of N sequences after any number of tokens.
 
-    `weights` and `momentum` stand at the last whole chunk. The tokens since then, the open chunk, are
-    kept beside them, so that a sequence may be cut anywhere and goes on exactly as if it had not
-    been. A pytree: `torch.utils._pytree.tree_map` reaches every tensor; `torch.load` takes it with
-    `weights_only=True`.
+    `weights` and `momentum` stand at the last whole chunk. The tokens since then, the open chunk,
+    are kept beside them, so that a sequence may be cut anywhere and goes on exactly as if it had
+    not been. A pytree: `torch.utils._pytree.tree_map` reaches every tensor; `torch.load` takes it
+    with `weights_only=True`.
 
     Args:
         weights (tuple[Tensor, ...]): per memory layer [N, H, d_in, d_out], float32 (float64 for
@@ -39,12 +39,8 @@ class MemoryState:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> MemoryState:
         """A state of `function(tensor)` for every tensor, the first dimension being sequences."""
-        values = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            is_tuple = isinstance(value, tuple)
-            values[field.name] = tuple(map(function, value)) if is_tuple else function(value)
-        return MemoryState(**values)
+        values, spec = pytree.tree_flatten(self)
+        return pytree.tree_unflatten([function(x) for x in values], spec)
 
     def detach(self) -> MemoryState:
         """The same values, cut off from the graph: truncated backpropagation."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ class ChunkedMemory(torch.autograd.Function):
     """(layout, options, *inputs, *state) -> (o, *final state)."""
 
     @staticmethod
-    def forward(ctx, layout: Layout, options: Options, *tensors: Tensor | None):
+    def forward(ctx: Any, layout: Layout, options: Options, *tensors: Any) -> Any:
         inputs, state = Inputs(*tensors[:INPUTS]), list(tensors[INPUTS:])
         result = run(inputs, state, layout, options, keep=any(ctx.needs_input_grad))
         ctx.layout, ctx.options, ctx.depth = layout, options, len(state)
@@ -30,9 +32,13 @@ class ChunkedMemory(torch.autograd.Function):
         return result.o, *result.final
 
     @staticmethod
-    def backward(ctx, do: Tensor, *dfinal: Tensor):
+    def backward(ctx: Any, do: Tensor, *dfinal: Tensor) -> Any:
+        if torch.is_autocast_enabled(do.device.type):  # called inside the region
+            with torch.autocast(do.device.type, enabled=False):
+                return ChunkedMemory.backward(ctx, do, *dfinal)
         count = INPUTS + ctx.depth
-        tensors, kept = ctx.saved_tensors[:count], iter(ctx.saved_tensors[count:])
+        saved = ctx.saved_tensors  # looked up once: activation checkpointing allows no more
+        tensors, kept = saved[:count], iter(saved[count:])
         if torch.is_grad_enabled():
             return None, None, *_differentiable_backward(ctx, tensors, (do, *dfinal))
 
@@ -46,8 +52,12 @@ class ChunkedMemory(torch.autograd.Function):
         return None, None, *grads, *dstate
 
 
-def _differentiable_backward(ctx, tensors, grad_outputs) -> list[Tensor | None]:
+def _differentiable_backward(
+    ctx: Any, tensors: tuple[Any, ...], grad_outputs: tuple[Tensor, ...]
+) -> list[Tensor | None]:
     """`create_graph=True`: through the forward's own operations, so that autograd can go on."""
+    # Views, so that gradients stop here where one input was made from another.
+    tensors = tuple(None if x is None else x.view_as(x) for x in tensors)
     wanted = [x for x, need in zip(tensors, ctx.needs_input_grad[2:], strict=True) if need]
     inputs, state = Inputs(*tensors[:INPUTS]), list(tensors[INPUTS:])
     result = run(inputs, state, ctx.layout, ctx.options)

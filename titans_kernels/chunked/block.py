@@ -13,38 +13,35 @@ import torch
 from torch import Tensor
 
 from . import network as net
-from .links import Link, LinkGrad, Pulled, Pushed, Rows, form_backward, pull, push
+from .links import History, Link, LinkGrad, Pulled, Pushed, Rows, form_backward, pull, push, scaled
 from .network import Network, NormGrad
 
 
 class BlockCoefficients(NamedTuple):
-    """A block's coefficients (see coefficients.py), N tokens, of one layer or of all of them."""
+    """A layer's coefficients (see coefficients.py) in a block of N tokens; or their gradients."""
 
-    a: Tensor  # [R, N + 1]
-    Q: Tensor  # [R, N + 1, N + 1]
-    end_a: Tensor  # [R]         a, Q and M at the row of the state that the block hands on
-    end_Q: Tensor  # [R, N + 1]
-    end_M: Tensor  # [R, N + 1]
+    ac: Tensor  # [R, N + 1, 2]  a and c of the state after 0..N tokens
+    G: Tensor  # [R, N + 1, N]
+    keep: Tensor  # [R, 2, 2]  what the block hands on: of (W, S) at its start,
+    learn: Tensor  # [R, N, 2]  and of its tokens' surprises
 
     def rows(self, first: int, stop: int, history: int) -> Rows:
         """What the states after `first` to `stop - 1` tokens are made of."""
-        Q = self.Q[:, first:stop]
-        return Rows(self.a[:, first:stop, None], Q[..., :1], Q[..., 1 : 1 + history])
+        return Rows(self.ac[:, first:stop], self.G[:, first:stop, :history])
 
 
 class BlockGrad(NamedTuple):
-    """Gradients of one layer of a block, added to in place. `coefficients` may be shared."""
+    """Gradients of one layer of a block, added to in place. Layers may share coefficients."""
 
     X: Tensor  # [R, N, d_in]
     D: Tensor  # [R, N, d_out]
     state: Tensor  # [R, 2, d_in, d_out], of the block's start
     coefficients: BlockCoefficients
 
-    def link(self, first: int, stop: int, history: int, state: Tensor | None = None) -> LinkGrad:
+    def link(self, first: int, stop: int, history: int) -> LinkGrad:
         """The part of it that a link with `coefficients.rows(first, stop, history)` adds to."""
-        a, Q = self.coefficients.a[:, first:stop], self.coefficients.Q[:, first:stop]
-        state = self.state if state is None else state
-        return LinkGrad(state, self.X[:, :history], self.D[:, :history], a, Q)
+        rows = self.coefficients.rows(first, stop, history)
+        return LinkGrad(self.state, History(rows, self.X[:, :history], self.D[:, :history]))
 
 
 # ---------------------------------------------------------------------------------------- errors
@@ -94,11 +91,11 @@ def errors(
         if chunks:  # anchored in mid-block, at the state after i * size tokens
             at = i * size
             links = [
-                Link(state[n], coefficients[n].rows(at, at + 1, at), *_past(chunks, n))
-                for n in range(depth)
+                Link(state[n], History(by.rows(at, at + 1, at), *_past(chunks, n)))
+                for n, by in enumerate(coefficients)
             ]
 
-        x, slopes, pulled = [kc], [], []
+        x, slopes, pulled = [kc], [], list[Pulled]()
         for layer in range(depth):
             pulled.append(pull(x[layer], links[layer]))
             if layer < depth - 1:
@@ -106,7 +103,7 @@ def errors(
                 x.append(h)
                 slopes.append(slope)
 
-        d, pushed = [net.error(pulled[-1].out, kc, vc, network)], []
+        d, pushed = [net.error(pulled[-1].out, kc, vc, network)], list[Pushed]()
         for layer in range(depth - 1, 0, -1):
             pushed.insert(0, push(d[0], links[layer]))
             d.insert(0, pushed[0].out * slopes[layer - 1][0])
@@ -131,9 +128,12 @@ def errors_backward(
     for i in range(len(chunks) - 1, -1, -1):
         chunk, at = chunks[i], i * size
         here = slice(at, at + size)
-        link_grads = [
-            grads[n].link(at, at + 1, at, None if i else anchor_grads[n]) for n in range(depth)
-        ]
+        link_grads = [grad.link(at, at + 1, at) for grad in grads]
+        if i == 0:
+            link_grads = [
+                link._replace(state=anchor)
+                for link, anchor in zip(link_grads, anchor_grads, strict=True)
+            ]
 
         # Up through the errors: the error of a layer was made from that of the layer above.
         curved = []
@@ -172,8 +172,8 @@ def _read_links(
 ) -> list[Link]:
     N = X[0].shape[1]
     return [
-        Link(*parts)
-        for parts in zip(state, [c.rows(1, N + 1, N) for c in coefficients], X, D, strict=True)
+        Link(layer, History(by.rows(1, N + 1, N), x, d))
+        for layer, by, x, d in zip(state, coefficients, X, D, strict=True)
     ]
 
 
@@ -207,7 +207,7 @@ def read_backward(
 ) -> Tensor:
     """The gradient of q; those of the rest are added to `grads` and `norm_grad`."""
     links, depth, N = _read_links(state, X, D, coefficients), len(state), q.shape[1]
-    x, slopes, pulled = [q], [], []
+    x, slopes, pulled = [q], [], list[Pulled]()
     for layer, link in enumerate(links):
         pulled.append(pull(x[layer], link))
         if layer < depth - 1:
@@ -228,38 +228,26 @@ def read_backward(
 # --------------------------------------------------------------------------------------- advance
 
 
-def _scaled(x: Tensor, by: BlockCoefficients) -> Tensor:
-    """x [R, N, width] weighted for the new weights and for the new momentum, [R, N, 2 width]."""
-    return torch.cat([by.end_Q[:, 1:, None] * x, by.end_M[:, 1:, None] * x], -1)
-
-
-def advance(state: Tensor, X: Tensor, D: Tensor, by: BlockCoefficients) -> Tensor:
-    """The state of one layer at the block's end: W' = a W + c S - X^T (G * D), S' = p S - ..."""
-    keep = torch.stack([by.end_a, by.end_M[:, 0]], 1)[..., None, None]
-    out = state * keep
-    out[:, 0].addcmul_(by.end_Q[:, 0, None, None], state[:, 1])
-    out.flatten(1, 2).baddbmm_(_scaled(X, by).mT, D, alpha=-1)
+def advance(
+    state: Tensor, X: Tensor, D: Tensor, by: BlockCoefficients, out: Tensor | None = None
+) -> Tensor:
+    """The state of one layer at the block's end: (W, S)' = keep (W, S) - (learn * X)^T D."""
+    flat = None if out is None else out.flatten(2)
+    out = torch.bmm(by.keep, state.flatten(2), out=flat).view(state.shape)
+    out.flatten(1, 2).baddbmm_(scaled(X, by.learn).mT, D, alpha=-1)
     return out
 
 
 def advance_backward(
     dout: Tensor, state: Tensor, X: Tensor, D: Tensor, by: BlockCoefficients, grad: BlockGrad
 ) -> None:
-    """Add the gradients of `advance` to `grad`."""
-    (dW, dS), (W, S) = dout.unbind(1), state.unbind(1)
-    to = grad.coefficients
-    to.end_a.add_((W * dW).sum((-2, -1)))
-    to.end_Q[:, 0].add_((S * dW).sum((-2, -1)))
-    to.end_M[:, 0].add_((S * dS).sum((-2, -1)))
+    """Gradients of `advance`: the first to write to `grad`; coefficients' are added."""
+    torch.bmm(by.keep.mT, dout.flatten(2), out=grad.state.flatten(2))
+    grad.coefficients.keep.baddbmm_(dout.flatten(2), state.flatten(2).mT)
 
-    grad.state[:, 0].addcmul_(by.end_a[:, None, None], dW)
-    grad.state[:, 1].addcmul_(by.end_Q[:, 0, None, None], dW)
-    grad.state[:, 1].addcmul_(by.end_M[:, 0, None, None], dS)
-
-    grad.D.baddbmm_(_scaled(X, by), dout.flatten(1, 2), alpha=-1)
+    torch.baddbmm(grad.D, scaled(X, by.learn), dout.flatten(1, 2), beta=0, alpha=-1, out=grad.D)
     parts = torch.bmm(D, dout.flatten(1, 2).mT).unflatten(-1, (2, -1))  # [R, N, 2, d_in]
-    grad.X.addcmul_(by.end_Q[:, 1:, None], parts[..., 0, :], value=-1)
-    grad.X.addcmul_(by.end_M[:, 1:, None], parts[..., 1, :], value=-1)
-    dGP = (parts * X.unsqueeze(-2)).sum(-1)
-    to.end_Q[:, 1:].sub_(dGP[..., 0])
-    to.end_M[:, 1:].sub_(dGP[..., 1])
+    of_W, of_S = by.learn.neg().unsqueeze(-1).unbind(-2)
+    torch.mul(parts[..., 0, :], of_W, out=grad.X)
+    grad.X.addcmul_(parts[..., 1, :], of_S)
+    grad.coefficients.learn.sub_((parts * X.unsqueeze(-2)).sum(-1))

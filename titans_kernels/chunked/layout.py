@@ -1,9 +1,9 @@
 """Where every token of every sequence goes: sequences to blocks of one size, chunks kept whole.
 
-`chunk_size` is semantics: it says where gradients are anchored. The block is cost: it says how often
-weights are materialised. A short chunk shares its block with others; a long one spans several blocks
-and none crosses its end. A sequence may begin with a tail, the tokens of a chunk that an earlier call
-left open; chunks count from the tail's first token.
+`chunk_size` is semantics: it says where gradients are anchored. The block is cost: it says how
+often weights are materialised. A short chunk shares its block with others; a long one spans
+several blocks and none crosses its end. A sequence may begin with a tail, the tokens of a chunk
+that an earlier call left open; chunks count from the tail's first token.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def block_size(chunk_size: int, device: torch.device) -> BlockSize:
     """The block for a chunk size: at most 64 tokens, and at least about 16 on a CPU, 64 on a GPU.
 
     A block costs passes over the state, a chunk inside it products with the state that a block of
-    its own would not need. A CPU has its state in cache, so blocks as short as the paper's chunk are
-    the fastest there; on a GPU launches count, and long blocks save them.
+    its own would not need. A CPU has its state in cache, so blocks as short as the paper's chunk
+    are the fastest there; on a GPU launches count, and long blocks save them.
     """
     smallest, largest = (16 if device.type == "cpu" else 64), 64
     if chunk_size < smallest:
@@ -43,7 +43,7 @@ class Span(NamedTuple):
     start: int  # first block
     stop: int
     sequences: int  # n; sequences are sorted, so these are the first n
-    index: Tensor  # [g, n, N] int64, the token in (tails, tokens), 0 where there is none
+    token: Tensor  # [g, n, N] int64, its place in (tails, tokens), 0 where there is none
     valid: Tensor | None  # [g, n, N] bool; None: all are tokens
     end: Tensor | None  # [g, n] int64: a block hands on the state after so many tokens; None: N
     whole: list[Tensor | None]  # per block that ends chunks, [n] bool: it ended one; None: for all
@@ -74,7 +74,7 @@ class Layout:
         """Blocks of a sequence, the last one perhaps not full."""
         total = self.tails[sequence] + self.lengths[sequence]
         whole, rest = divmod(total, self.chunk_size)
-        N, chunks, blocks = self.block
+        N, _, blocks = self.block
         if blocks == 1:
             return ceil(total / N)
         return whole * blocks + ceil(rest / N)
@@ -92,7 +92,9 @@ class Layout:
         N, _, per_chunk = self.block
         C = self.chunk_size
         column = lambda x: torch.tensor(x[:n], device=self.device)[:, None]  # noqa: E731
-        tails, lengths, starts, rows = map(column, (self.tails, self.lengths, self.starts, self.rows))
+        tails, lengths, starts, rows = map(
+            column, (self.tails, self.lengths, self.starts, self.rows)
+        )
         total = tails + lengths  # [n, 1]
 
         block = torch.arange(start, stop, device=self.device)[:, None, None]  # [g, 1, 1]
@@ -125,7 +127,7 @@ class Layout:
         return Span(start, stop, n, index.where(inside, 0), inside, end, whole)
 
     def tail(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The open chunks at the end: index [n, C] as in a span, valid [n, C], length [n]."""
+        """The open chunks at the end: tokens [n, C] as in a span, valid [n, C], length [n]."""
         C = self.chunk_size
         column = lambda x: torch.tensor(x, device=self.device)[:, None]  # noqa: E731
         tails, starts, rows = map(column, (self.tails, self.starts, self.rows))

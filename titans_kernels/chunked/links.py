@@ -2,9 +2,9 @@
 
 A layer's state is [R, 2, d_in, d_out]: weights W and momentum S where a block starts, R every
 sequence and head. With the inputs X and errors D of the block's n tokens so far, the weights at
-token t are `a_t W + c_t S - sum_i G[t, i] X_i^T D_i`. So multiplying by them takes two products with
-the state and an attention-like pair. `pull` multiplies by them, `push` by their transpose. Both are
-halves of one form, linear in each of its arguments,
+token t are `a_t W + c_t S - sum_i G[t, i] X_i^T D_i`. So multiplying by them takes two products
+with the state and an attention-like pair. `pull` multiplies by them, `push` by their transpose.
+Both are halves of one form, linear in each of its arguments,
 
     F(h, d) = h (a W + c S) d^T - sum_i G_i (h . X_i) (d . D_i)
 
@@ -22,28 +22,30 @@ from torch import Tensor
 class Rows(NamedTuple):
     """Coefficients that C tokens read with; C = 1 where all tokens share them."""
 
-    a: Tensor  # [R, C, 1]
-    c: Tensor  # [R, C, 1]
+    ac: Tensor  # [R, C, 2]
     G: Tensor  # [R, C, n]
 
 
+class History(NamedTuple):
+    """What n tokens of the block did to a layer, and how much of it counts."""
+
+    rows: Rows
+    X: Tensor  # [R, n, d_in]
+    D: Tensor  # [R, n, d_out]
+
+
 class Link(NamedTuple):
-    """One layer's weights at a run of tokens. No rows: those of the block's start, no history."""
+    """One layer's weights at a run of tokens. No history: those that the block started with."""
 
     state: Tensor  # [R, 2, d_in, d_out]
-    rows: Rows | None = None
-    X: Tensor | None = None  # [R, n, d_in]
-    D: Tensor | None = None  # [R, n, d_out]
+    past: History | None = None
 
 
 class LinkGrad(NamedTuple):
     """Where the gradients of a link are added, in place: views of the block's own."""
 
-    state: Tensor  # [R, 2, d_in, d_out]
-    X: Tensor  # [R, n, d_in]
-    D: Tensor  # [R, n, d_out]
-    a: Tensor  # [R, C]
-    Q: Tensor  # [R, C, N + 1]: column 0 is c's, the next n are G's
+    state: Tensor
+    past: History
 
 
 class Pulled(NamedTuple):
@@ -57,43 +59,49 @@ class Pushed(NamedTuple):
     dD: Tensor | None  # [R, C, n], d D^T
 
 
+def scaled(x: Tensor, by: Tensor) -> Tensor:
+    """x [R, n, width] times two coefficients [R, n or 1, 2] each, side by side: [R, n, 2 width]."""
+    return (by.unsqueeze(-1) * x.unsqueeze(-2)).flatten(2)
+
+
 def pull(h: Tensor, link: Link) -> Pulled:
     """h [R, C, d_in] times the weights."""
-    if link.rows is None:
+    if link.past is None:
         return Pulled(torch.bmm(h, link.state[:, 0]), None)
-    a, c, G = link.rows
-    hX = torch.bmm(h, link.X.mT)
-    out = torch.bmm(torch.cat([a * h, c * h], -1), link.state.flatten(1, 2))
-    return Pulled(out.baddbmm_(G * hX, link.D, alpha=-1), hX)
+    (ac, G), X, D = link.past
+    hX = torch.bmm(h, X.mT)
+    out = torch.bmm(scaled(h, ac), link.state.flatten(1, 2))
+    return Pulled(out.baddbmm_(G * hX, D, alpha=-1), hX)
 
 
 def push(d: Tensor, link: Link) -> Pushed:
     """d [R, C, d_out] times the transposed weights."""
-    if link.rows is None:
+    if link.past is None:
         return Pushed(torch.bmm(d, link.state[:, 0].mT), None, None)
-    a, c, G = link.rows
-    dD = torch.bmm(d, link.D.mT)
+    (ac, G), X, D = link.past
+    dD = torch.bmm(d, D.mT)
     parts = torch.bmm(d, link.state.flatten(1, 2).mT).unflatten(-1, (2, -1))
+    a, c = ac.unsqueeze(-1).unbind(-2)
     out = torch.addcmul(a * parts[..., 0, :], c, parts[..., 1, :])
-    return Pushed(out.baddbmm_(G * dD, link.X, alpha=-1), parts, dD)
+    return Pushed(out.baddbmm_(G * dD, X, alpha=-1), parts, dD)
 
 
 def form_backward(
     h: Tensor, d: Tensor, link: Link, pulled: Pulled, pushed: Pushed, grad: LinkGrad
 ) -> None:
     """Add the gradients of F(h, d) but those of h and d, which are `push(d)` and `pull(h)`."""
-    if link.rows is None:
+    if link.past is None:
         grad.state[:, 0].baddbmm_(h.mT, d)
         return
-    a, c, G = link.rows
-    n = link.X.shape[1]
-    grad.state.flatten(1, 2).baddbmm_(torch.cat([a * h, c * h], -1).mT, d)
-    grad.X.baddbmm_((G * pushed.dD).mT, h, alpha=-1)
-    grad.D.baddbmm_((G * pulled.hX).mT, d, alpha=-1)
-    dac = (pushed.parts * h.unsqueeze(-2)).sum(-1)  # [R, C, 2]
-    dG = pulled.hX * pushed.dD
-    if a.shape[1] < h.shape[1]:
+    (_, hX), (_, parts, dD) = pulled, pushed
+    assert hX is not None and parts is not None and dD is not None
+    ac, G = link.past.rows
+    grad.state.flatten(1, 2).baddbmm_(scaled(h, ac).mT, d)
+    grad.past.X.baddbmm_((G * dD).mT, h, alpha=-1)
+    grad.past.D.baddbmm_((G * hX).mT, d, alpha=-1)
+    dac = (parts * h.unsqueeze(-2)).sum(-1)  # [R, C, 2]
+    dG = hX * dD
+    if ac.shape[1] < h.shape[1]:
         dac, dG = dac.sum(1, keepdim=True), dG.sum(1, keepdim=True)
-    grad.a.add_(dac[..., 0])
-    grad.Q[..., 0].add_(dac[..., 1])
-    grad.Q[..., 1 : 1 + n].sub_(dG)
+    grad.past.rows.ac.add_(dac)
+    grad.past.rows.G.sub_(dG)

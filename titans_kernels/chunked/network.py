@@ -14,52 +14,57 @@ import torch
 from torch import Tensor
 
 EPS = 1e-6
+Values = list[Tensor]  # a function's value and its first derivatives
 
 
-def _gated(z: Tensor, u: Tensor, du: Tensor | float, ddu: Tensor | float, order: int):
-    """z sigmoid(u(z)): SiLU and the tanh form of GELU are two choices of u."""
-    s = torch.sigmoid(u)
-    out = [z * s]
+def _silu(z: Tensor, order: int) -> Values:
+    s = torch.sigmoid(z)
+    values = [z * s]
     if order >= 1:
-        zt = out[0] * (1.0 - s)  # z s (1 - s)
-        out.append(s + zt * du)
+        ds = torch.addcmul(s, s, s, value=-1)  # sigmoid'(z)
+        values.append(torch.addcmul(s, z, ds))
     if order >= 2:
-        out.append(zt * ((1.0 - 2.0 * s) * (du * du) + ddu) + 2.0 * (s - s * s) * du)
-    return tuple(out)
+        values.append(ds * (z * (1.0 - 2.0 * s) + 2.0))
+    return values
 
 
-def _silu(z: Tensor, order: int):
-    return _gated(z, z, 1.0, 0.0, order)
-
-
-def _gelu_tanh(z: Tensor, order: int):
+def _gelu_tanh(z: Tensor, order: int) -> Values:
+    """z sigmoid(u), u = c (z + b z^3): the tanh form, for 2 sigmoid(u) = 1 + tanh(u / 2)."""
     c, b = 2.0 * math.sqrt(2.0 / math.pi), 0.044715
     zz = z * z
-    u = z * (zz * (c * b) + c)
-    return _gated(z, u, zz * (3.0 * c * b) + c, z * (6.0 * c * b), order)
+    s = torch.sigmoid(torch.addcmul(c * z, zz, z, value=c * b))
+    values = [z * s]
+    if order >= 1:
+        ds = torch.addcmul(s, s, s, value=-1)  # sigmoid'(u)
+        du = zz * (3.0 * c * b) + c
+        zdu = z * du
+        values.append(torch.addcmul(s, ds, zdu))
+    if order >= 2:  # z u'' = 2 (u' - c)
+        values.append(ds * ((zdu * (1.0 - 2.0 * s) + 4.0) * du - 2.0 * c))
+    return values
 
 
-def _gelu(z: Tensor, order: int):
+def _gelu(z: Tensor, order: int) -> Values:
     cdf = 0.5 + 0.5 * torch.erf(z * math.sqrt(0.5))
-    out = [z * cdf]
+    values = [z * cdf]
     if order >= 1:
         density = torch.exp(-0.5 * z * z) * (1.0 / math.sqrt(2.0 * math.pi))
-        out.append(cdf + z * density)
+        values.append(torch.addcmul(cdf, z, density))
     if order >= 2:
-        out.append(density * (2.0 - z * z))
-    return tuple(out)
+        values.append(density * (2.0 - z * z))
+    return values
 
 
-def _relu(z: Tensor, order: int):
-    return (z.relu(), (z > 0).to(z), torch.zeros_like(z))[: order + 1]
+def _relu(z: Tensor, order: int) -> Values:
+    return [z.relu(), (z > 0).to(z), torch.zeros_like(z)][: order + 1]
 
 
-def _identity(z: Tensor, order: int):
-    return (z, torch.ones_like(z), torch.zeros_like(z))[: order + 1]
+def _identity(z: Tensor, order: int) -> Values:
+    return [z, torch.ones_like(z), torch.zeros_like(z)][: order + 1]
 
 
 # name -> function of (z, order) giving the value and its derivatives up to that order
-ACTIVATIONS: dict[str, Callable[[Tensor, int], tuple[Tensor, ...]]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor, int], Values]] = {
     "gelu_tanh": _gelu_tanh,
     "gelu": _gelu,
     "silu": _silu,
@@ -75,7 +80,7 @@ class Network(NamedTuple):
     residual: bool
     norm: tuple[Tensor, Tensor] | None  # LayerNorm weight and bias, [R, 1, D] each
 
-    def activate(self, z: Tensor, order: int = 0) -> tuple[Tensor, ...]:
+    def activate(self, z: Tensor, order: int = 0) -> Values:
         """The activation at z and its derivatives up to `order`."""
         return ACTIVATIONS[self.activation](z, order)
 
@@ -87,24 +92,38 @@ class NormGrad(NamedTuple):
     bias: Tensor
 
 
-def _standardise(y: Tensor) -> tuple[Tensor, Tensor]:
-    """(y - mean) r and r = 1 / std of every token."""
-    centred = y - y.mean(-1, keepdim=True)
-    r = torch.rsqrt(centred.square().mean(-1, keepdim=True) + EPS)
-    return centred * r, r
+class Standardised(NamedTuple):
+    """LayerNorm's core: n = (y - mean) rstd of every token.
 
+    Spelled out, since torch's own layer_norm cannot be differentiated three times.
+    """
 
-def _project(u: Tensor, n: Tensor, r: Tensor) -> Tensor:
-    """Jacobian of `_standardise`, times u. It is symmetric, so it is its own transpose."""
-    return r * (u - u.mean(-1, keepdim=True) - n * (u * n).mean(-1, keepdim=True))
+    n: Tensor  # [R, n, D]
+    rstd: Tensor  # [R, n, 1]
+
+    @classmethod
+    def of(cls, y: Tensor) -> Standardised:
+        centred = y - y.mean(-1, keepdim=True)
+        rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + EPS)
+        return cls(centred * rstd, rstd)
+
+    def jacobian(self, u: Tensor) -> Tensor:
+        """dn/dy times u: rstd (u - mean(u) - n mean(u n)). It is its own transpose."""
+        along = (u * self.n).mean(-1, keepdim=True)
+        return self.rstd * torch.addcmul(u - u.mean(-1, keepdim=True), self.n, along, value=-1)
 
 
 def output(y: Tensor, x: Tensor, network: Network) -> Tensor:
     """f(x) from the last matrix's product y."""
+    return _output(y if network.norm is None else Standardised.of(y).n, x, network)
+
+
+def _output(n: Tensor, x: Tensor, network: Network) -> Tensor:
+    """f(x) from y, standardised where there is a norm."""
     if network.norm is not None:
         weight, bias = network.norm
-        y = torch.addcmul(bias, _standardise(y)[0], weight)
-    return x + y if network.residual else y
+        n = torch.addcmul(bias, n, weight)
+    return x + n if network.residual else n
 
 
 def output_backward(
@@ -114,19 +133,19 @@ def output_backward(
     dx = do if network.residual else None
     if network.norm is None or grad is None:
         return do, dx
-    n, r = _standardise(y)
-    grad.weight.add_((do * n).sum(-2))
+    standard = Standardised.of(y)
+    grad.weight.add_((do * standard.n).sum(-2))
     grad.bias.add_(do.sum(-2))
-    return _project(do * network.norm[0], n, r), dx
+    return standard.jacobian(do * network.norm[0]), dx
 
 
 def error(y: Tensor, k: Tensor, v: Tensor, network: Network) -> Tensor:
     """Gradient of the loss ||f(k) - v||^2 with respect to the last matrix's product y."""
-    miss = output(y, k, network) - v
     if network.norm is None:
-        return 2.0 * miss
-    n, r = _standardise(y)
-    return _project(2.0 * network.norm[0] * miss, n, r)
+        return 2.0 * (_output(y, k, network) - v)
+    standard = Standardised.of(y)
+    miss = _output(standard.n, k, network) - v
+    return standard.jacobian(2.0 * network.norm[0] * miss)
 
 
 def error_backward(
@@ -137,20 +156,17 @@ def error_backward(
         dmiss = 2.0 * dd
         return dmiss, dmiss if network.residual else None, -dmiss
 
-    weight = network.norm[0]
-    n, r = _standardise(y)
-    miss = output(y, k, network) - v
-    u = 2.0 * weight * miss
-    d = _project(u, n, r)
+    standard, weight = Standardised.of(y), 2.0 * network.norm[0]
+    n, r = standard.n, standard.rstd
+    miss = _output(n, k, network) - v
+    u, du = weight * miss, standard.jacobian(dd)
+    dmiss = weight * du
 
-    du = _project(dd, n, r)  # the Jacobian is symmetric
-    dmiss = 2.0 * weight * du
-    # d depends on y through n and r as well as through miss
-    dn = weight * dmiss - r * (
-        dd * (u * n).mean(-1, keepdim=True) + u * (dd * n).mean(-1, keepdim=True)
-    )
-    log_r = (dd * d).sum(-1, keepdim=True)  # r dL/dr
-    dy = _project(dn, n, r) - log_r * r * n / y.shape[-1]
+    # The Jacobian that made d of u depends on y too, through n and through rstd.
+    un, ddn = (u * n).mean(-1, keepdim=True), (dd * n).mean(-1, keepdim=True)
+    dn = network.norm[0] * dmiss - r * (dd * un + u * ddn)
+    stretch = (dd * standard.jacobian(u)).mean(-1, keepdim=True)  # of rstd, times rstd / D
+    dy = standard.jacobian(dn) - stretch * r * n
     grad.weight.add_((2.0 * miss * du + n * dmiss).sum(-2))
     grad.bias.add_(dmiss.sum(-2))
     return dy, dmiss if network.residual else None, -dmiss

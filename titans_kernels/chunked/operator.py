@@ -1,6 +1,9 @@
-"""The operators on the PyTorch backend: sequences, tails and states to what the walk takes, and back."""
+"""The operators on the PyTorch backend: arguments to what the walk takes, and results back."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,7 +24,7 @@ def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> tuple[list[int], list[in
     if cu_seqlens is None:
         return [i * T for i in range(B)], [T] * B
     ends = cu_seqlens.tolist()
-    return ends[:-1], [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    return ends[:-1], [b - a for a, b in pairwise(ends)]
 
 
 def _layout(
@@ -44,8 +47,8 @@ def _layout(
     return layout, None if same else torch.tensor(order, device=q.device)
 
 
-def _joined(tail: Tensor | None, tokens: Tensor) -> Tensor:
-    """[N, C, H, ...] and [B, T, H, ...] to [N C + B T, H, width], the table of tails first."""
+def _joined(tokens: Tensor, tail: Tensor | None = None) -> Tensor:
+    """[B, T, H, ...] and [N, C, H, ...] to [N C + B T, H, width], the table of tails first."""
     width = tokens.shape[3] if tokens.dim() == 4 else 1
     flat = tokens.reshape(-1, tokens.shape[2], width)
     if tail is None:
@@ -73,12 +76,14 @@ def neural_memory(
     layout, order = _layout(q, cu_seqlens, tails, chunk_size, block)
     N, H, dtype = len(layout.lengths), q.shape[2], compute_dtype(q)
 
-    old_gates = (None, None, None) if old is None else (old.theta, old.alpha, old.eta)
+    theta, alpha, eta = gates
     inputs = Inputs(
-        _joined(None, q),
-        _joined(None if old is None else old.k, k),
-        _joined(None if old is None else old.v, v),
-        *(_joined(tail, gate) for tail, gate in zip(old_gates, gates, strict=True)),
+        _joined(q),
+        _joined(k, old.k if old else None),
+        _joined(v, old.v if old else None),
+        _joined(theta, old.theta if old else None),
+        _joined(alpha, old.alpha if old else None),
+        _joined(eta, old.eta if old else None),
         *(norm or (None, None)),
     )
     first = weights if old is None else old.weights
@@ -111,8 +116,11 @@ def neural_memory(
     return o, MemoryState(
         tuple(W.contiguous() for W, _ in pairs),
         tuple(S.contiguous() for _, S in pairs),
-        *(tail(x, q.shape[2:]) for x in (inputs.k, inputs.v)),
-        *(tail(x, g.shape[2:]) for x, g in zip(inputs[3:6], gates, strict=True)),
+        tail(inputs.k, k.shape[2:]),
+        tail(inputs.v, v.shape[2:]),
+        tail(inputs.theta, theta.shape[2:]),
+        tail(inputs.alpha, alpha.shape[2:]),
+        tail(inputs.eta, eta.shape[2:]),
         restore(length),
     )
 
@@ -135,12 +143,15 @@ def retrieve(
         state = tuple(W.index_select(0, order) for W in state)
 
     H = q.shape[2]
-    tokens = _joined(None, q)
+    tokens = _joined(q)
     dtype = compute_dtype(q)
     out = torch.zeros_like(tokens)
     with torch.autocast(q.device.type, enabled=False):
         for span in layout.spans():
-            box, network = Box(span, H, 0), Network(*options, norm_rows(norm, span.sequences, dtype))
+            box, network = (
+                Box(span, H, 0),
+                Network(*options, norm_rows(norm, span.sequences, dtype)),
+            )
             x = box.queries.take(tokens, dtype).transpose(0, 1)  # [R, g, N, D]
             x = h = x.flatten(1, 2)
             for i, W in enumerate(state):
@@ -161,18 +172,15 @@ def _after_tail(
     """
     C = state.chunk_size
     there = torch.arange(C, device=state.k.device) < state.length[:, None]  # [N, C]
-    gates = (state.theta, state.alpha, state.eta)
-    closed = MemoryState(
-        state.weights,
-        state.momentum,
-        *(torch.zeros_like(x) for x in (state.k, state.v, *gates)),
-        torch.zeros_like(state.length),
+    k, v, theta, alpha, eta = (
+        x.masked_fill(~there.view(*there.shape, *[1] * (x.dim() - 2)), 0.0)
+        for x in (state.k, state.v, state.theta, state.alpha, state.eta)
     )
-    theta, alpha, eta = (g * there.view(*there.shape, *[1] * (g.dim() - 2)) for g in gates)
+    closed = replace(state, length=torch.zeros_like(state.length))
     _, whole = neural_memory(
-        state.k,
-        state.k,
-        state.v,
+        k,
+        k,
+        v,
         (theta, alpha, eta),
         state.weights,
         norm,

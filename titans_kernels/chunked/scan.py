@@ -1,14 +1,14 @@
 """The walk over blocks, forward and back.
 
-Forward keeps the state at every span's start, about the square root of the number of blocks of them,
-and nothing per token. Backward goes through the spans from the last, computes one again, and takes
-its blocks in reverse. Everything is computed in float32 (float64 for float64 inputs) whatever the
-inputs' dtype; only what is read and returned is rounded.
+Forward keeps the state at every span's start, about the square root of the number of blocks of
+them, and nothing per token. Backward goes through the spans from the last, computes one again,
+and takes its blocks in reverse. Everything is computed in float32 (float64 for float64 inputs)
+whatever the inputs' dtype; only what is read and returned is rounded.
 
-Keys of a chunk read at the state the chunk started with, the anchor; queries at the running state.
-Where a block holds whole chunks the two are one at its start. Where a chunk spans several blocks the
-anchor stays behind until the chunk is whole, and a chunk that is still open at the end leaves it as
-the final state.
+Keys of a chunk read at the state the chunk started with, the anchor; queries at the running
+state. Where a block holds whole chunks the two are one at its start. Where a chunk spans several
+blocks the anchor stays behind until the chunk is whole, and a chunk that is still open at the end
+leaves it as the final state.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .block import (
 )
 from .layout import Layout, Span
 from .network import Network, NormGrad
-from .span import Box, Gates, Inputs, compute_dtype, norm_rows
+from .span import Box, Gates, Inputs, Tables, compute_dtype, norm_rows
 
 State = list[Tensor]  # per layer, [R, 2, d_in, d_out]
 
@@ -38,6 +38,21 @@ State = list[Tensor]  # per layer, [R, 2, d_in, d_out]
 class Options(NamedTuple):
     activation: str
     residual: bool
+
+
+class Recycler:
+    """Memory of states that are done with. Fresh memory costs more than the arithmetic on it."""
+
+    def __init__(self) -> None:
+        self.free: dict[torch.Size, list[Tensor]] = {}
+
+    def take(self, like: Tensor) -> Tensor:
+        free = self.free.get(like.shape)
+        return free.pop() if free else torch.empty_like(like)
+
+    def give(self, state: State) -> None:
+        for x in state:
+            self.free.setdefault(x.shape, []).append(x)
 
 
 class Walk:
@@ -77,11 +92,18 @@ class Walk:
         return flags.repeat_interleave(self.k.shape[1] // len(flags))[:, None, None, None]
 
     def hand_on(
-        self, i: int, anchor: State, running: State, X: State, D: State
+        self,
+        i: int,
+        anchor: State,
+        running: State,
+        X: State,
+        D: State,
+        memory: Recycler | None = None,
     ) -> tuple[State, State]:
         """Anchor and running state after block i."""
         by = self.tables.block(i, len(running))
-        running = [advance(*parts) for parts in zip(running, X, D, by, strict=True)]
+        out = [None if memory is None else memory.take(x) for x in running]
+        running = [advance(*parts) for parts in zip(running, X, D, by, out, strict=True)]
         if not self.ends_chunk(i):
             return anchor, running
         whole = self.whole(i)
@@ -90,7 +112,7 @@ class Walk:
         return running, running
 
     def hand_on_backward(self, i: int, danchor: State, drunning: State) -> tuple[State, State]:
-        """Gradients of the anchor and of `advance`'s states, from those of what block i handed on."""
+        """Gradients of the anchor and of what `advance` made, from those of what was handed on."""
         if self.size.blocks == 1 or not self.ends_chunk(i):
             return danchor, drunning
         total = [a + r for a, r in zip(danchor, drunning, strict=True)]
@@ -117,6 +139,7 @@ def run(
     o = torch.zeros_like(inputs.q, memory_format=torch.contiguous_format)
     anchor = running = state
     checkpoints, finished = [], []
+    memory = None if torch.is_grad_enabled() else Recycler()
     for span in layout.spans():
         rows = span.sequences * heads
         if rows < len(anchor[0]):  # sequences that end here
@@ -132,7 +155,10 @@ def run(
             _, X, D = walk.learn(i, anchor, 1)
             by = walk.tables.block(i, len(state))
             answers.append(read(walk.q[i], running, X, D, by, walk.network))
-            anchor, running = walk.hand_on(i, anchor, running, X, D)
+            before = running
+            anchor, running = walk.hand_on(i, anchor, running, X, D, memory)
+            if memory is not None and i > 0 and before is not anchor:
+                memory.give(before)  # neither a checkpoint nor an anchor
         walk.box.queries.put(o, torch.stack(answers))
     finished.append(anchor)
     final = [torch.cat(parts) for parts in zip(*reversed(finished), strict=True)]
@@ -149,12 +175,13 @@ def run_backward(
 ) -> tuple[Inputs, State]:
     """Gradients of `run`: of its inputs, in their dtypes, and of the state it started with."""
     one = layout.block.blocks == 1  # anchor and running state are one wherever a block starts
-    grads = Inputs(*(None if x is None else _zeros(x) for x in inputs))
+    grads = Inputs(*map(_zeros, inputs[:6]))
     rows_total, width = len(dfinal[0]), inputs.k.shape[-1]
     norm_grad = None
     if inputs.norm_weight is not None:
         norm_grad = NormGrad(*do.new_zeros(2, rows_total, width, dtype=compute_dtype(inputs.q)))
 
+    memory = Recycler()
     danchor = drunning = [x[:0] for x in dfinal]
     spans = list(layout.spans())
     for span, (anchor, running) in zip(reversed(spans), reversed(checkpoints), strict=True):
@@ -169,14 +196,14 @@ def run_backward(
             ]
         walk = Walk(span, inputs, layout, options)
         danchor, drunning = _span_backward(
-            walk, anchor, running, do, danchor, drunning, grads, norm_grad
+            walk, anchor, running, do, danchor, drunning, grads, norm_grad, memory
         )
     ending = [x[len(drunning[0]) :] for x in dfinal]  # sequences without a single token
     if not one:
         drunning = [a + r for a, r in zip(danchor, drunning, strict=True)]
     if norm_grad is not None:
-        for grad, rows in zip((grads.norm_weight, grads.norm_bias), norm_grad, strict=True):
-            grad.copy_(rows.view(-1, *grad.shape).sum(0))
+        per_head = [x.view(-1, *inputs.k.shape[1:]).sum(0) for x in norm_grad]
+        grads = grads._replace(norm_weight=per_head[0], norm_bias=per_head[1])
     return grads, [torch.cat(x) for x in zip(drunning, ending, strict=True)]
 
 
@@ -193,6 +220,7 @@ def _span_backward(
     drunning: State,
     grads: Inputs,
     norm_grad: NormGrad | None,
+    memory: Recycler,
 ) -> tuple[State, State]:
     """One span: forward again, then block after block in reverse. Adds to the inputs' gradients."""
     depth, blocks = len(anchor), walk.span.stop - walk.span.start
@@ -200,27 +228,31 @@ def _span_backward(
     for i in range(blocks):
         chunks, X, D = walk.learn(i, anchor, 2)
         records.append((running, chunks, X, D))
-        anchor, running = walk.hand_on(i, anchor, running, X, D)
+        anchor, running = walk.hand_on(i, anchor, running, X, D, memory)
+    memory.give(running)
 
     dout = walk.box.queries.take(do, walk.q.dtype)
     dq, dk, dv = torch.empty_like(walk.q), torch.empty_like(walk.k), torch.empty_like(walk.v)
-    dtables = walk.tables.zeros_like()
+    dtables = Tables(*map(_zeros, walk.tables))
     norm = None if norm_grad is None else NormGrad(*(x[: walk.k.shape[1]] for x in norm_grad))
     for i in range(blocks - 1, -1, -1):
         running, chunks, X, D = records.pop()
         by, dby = walk.tables.block(i, depth), dtables.block(i, depth)
         danchor, drunning = walk.hand_on_backward(i, danchor, drunning)
         block = [
-            BlockGrad(*map(torch.zeros_like, tensors), coefficients)
-            for *tensors, coefficients in zip(X, D, running, dby, strict=True)
+            BlockGrad(torch.empty_like(x), torch.empty_like(d), memory.take(state), coefficients)
+            for x, d, state, coefficients in zip(X, D, running, dby, strict=True)
         ]
         for parts in zip(drunning, running, X, D, by, block, strict=True):
             advance_backward(*parts)
-        dq[i] = read_backward(dout[i], walk.q[i], running, X, D, by, walk.network, block, norm)
-        drunning = [b.state for b in block]
+        memory.give(drunning)
+        drunning = [grad.state for grad in block]
         if walk.size.blocks == 1:
             danchor = drunning
+        dq[i] = read_backward(dout[i], walk.q[i], running, X, D, by, walk.network, block, norm)
         dk[i], dv[i] = errors_backward(chunks, walk.network, block, danchor, norm)
+        if i > 0:
+            memory.give(running)
 
     walk.box.queries.put(grads.q, dq)
     walk.box.tokens.put(grads.k, dk)

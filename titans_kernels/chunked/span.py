@@ -1,11 +1,10 @@
-"""A span of blocks as dense boxes: tokens and coefficients gathered in, results and gradients put back.
+"""A span of blocks as dense boxes: tokens gathered in, results and gradients put back.
 
 Boxes are [g, R, N, width]: g blocks in time, R = sequences x heads, N tokens to a block.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,8 +24,8 @@ class Inputs(NamedTuple):
     theta: Tensor  # [M, H, G], G is 1 or one per layer
     alpha: Tensor  # [M, H, G]
     eta: Tensor  # [M, H, G]
-    norm_weight: Tensor | None  # [H, D]
-    norm_bias: Tensor | None  # [H, D]
+    norm_weight: Tensor | None = None  # [H, D]
+    norm_bias: Tensor | None = None  # [H, D]
 
 
 def compute_dtype(q: Tensor) -> torch.dtype:
@@ -38,29 +37,31 @@ def norm_rows(
     norm: tuple[Tensor | None, Tensor | None] | None, sequences: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
     """LayerNorm weight and bias, [H, D] each, of every row, [R, 1, D] each."""
-    if norm is None or norm[0] is None or norm[1] is None:
+    weight, bias = norm or (None, None)
+    if weight is None or bias is None:
         return None
-    weight, bias = (x.to(dtype).repeat(sequences, 1).unsqueeze(1) for x in norm)
-    return weight, bias
+    rows = lambda x: x.to(dtype).repeat(sequences, 1).unsqueeze(1)  # noqa: E731
+    return rows(weight), rows(bias)
 
 
 class _Places(NamedTuple):
     """Where the tokens of a box lie in a tensor of [tokens x heads] rows."""
 
-    index: Tensor  # [g, n, H, N]
+    row: Tensor  # [g, n, H, N]
     valid: Tensor | None  # likewise; None: every place is a token's
 
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[M, H, width] to [g, R, N, width], zero where there is no token."""
-        g, n, H, N = self.index.shape
-        out = x.flatten(0, 1).index_select(0, self.index.flatten()).to(dtype)
+        g, n, H, N = self.row.shape
+        x = x.flatten(0, 1) if len(x) else x.new_zeros(1, x.shape[-1])  # no queries, but a tail
+        out = x.index_select(0, self.row.flatten()).to(dtype)
         if self.valid is not None:
             out = out.masked_fill(~self.valid.reshape(-1, 1), 0.0)
         return out.view(g, n * H, N, -1)
 
     def put(self, out: Tensor, x: Tensor) -> None:
         """[g, R, N, width] into [M, H, width]."""
-        x, index = x.to(out.dtype).reshape(-1, out.shape[-1]), self.index.flatten()
+        x, index = x.to(out.dtype).reshape(-1, out.shape[-1]), self.row.flatten()
         if self.valid is not None:
             there = self.valid.flatten()
             x, index = x[there], index[there]
@@ -72,73 +73,69 @@ class Box:
 
     def __init__(self, span: Span, heads: int, table: int):
         # A token and a head are one row.
-        index = span.index.unsqueeze(2) * heads + torch.arange(
-            heads, device=span.index.device
-        ).unsqueeze(1)
-        valid = asks = _per_head(span.valid, heads)
+        head = torch.arange(heads, device=span.token.device).unsqueeze(1)
+        row = span.token.unsqueeze(2) * heads + head
+        valid = None if span.valid is None else span.valid.unsqueeze(2).expand_as(row)
+        self.tokens = self.queries = _Places(row, valid)
         if table:  # tokens of tails have no queries
-            asks = _per_head(span.index >= table, heads)
+            asks = (span.token >= table).unsqueeze(2).expand_as(row)
             asks = asks if valid is None else asks & valid
-        self.tokens = _Places(index, valid)
-        at = index - table * heads
-        self.queries = _Places(at if asks is None else at.where(asks, 0), asks)
+            self.queries = _Places((row - table * heads).where(asks, 0), asks)
 
 
-def _per_head(mask: Tensor | None, heads: int) -> Tensor | None:
-    return None if mask is None else mask.unsqueeze(2).expand(-1, -1, heads, -1)
+class Tables(NamedTuple):
+    """The coefficients of a span's blocks; or their gradients. G is 1 or one per layer."""
 
-
-@dataclass
-class Tables:
-    """The coefficients of a span's blocks; or their gradients, of the same shapes."""
-
-    values: Coefficients  # [G, g, R, ...]
-    end_a: Tensor  # [G, g, R]          the row of a, Q and M that a block hands on
-    end_Q: Tensor  # [G, g, R, N + 1]
-    end_M: Tensor  # [G, g, R, N + 1]
+    ac: Tensor  # [G, g, R, N + 1, 2]
+    G: Tensor  # [G, g, R, N + 1, N]
+    keep: Tensor  # [G, g, R, 2, 2]
+    learn: Tensor  # [G, g, R, N, 2]
 
     def block(self, i: int, depth: int) -> list[BlockCoefficients]:
         """Views of block i, one per layer."""
-        parts = (self.values.a, self.values.Q, self.end_a, self.end_Q, self.end_M)
-        layers = [BlockCoefficients(*(x[g, i] for x in parts)) for g in range(len(self.end_a))]
+        layers = [BlockCoefficients(*(x[g, i] for x in self)) for g in range(len(self.ac))]
         return layers if len(layers) == depth else layers * depth
-
-    def zeros_like(self) -> Tables:
-        return Tables(
-            Coefficients(*(torch.zeros_like(x) for x in self.values)),
-            *(torch.zeros_like(x) for x in (self.end_a, self.end_Q, self.end_M)),
-        )
 
 
 class Gates:
     """The gates of a span, and the way from them to tables and from tables' gradients back."""
 
     def __init__(self, span: Span, box: Box, inputs: Inputs):
-        g, n, H, N = box.tokens.index.shape
+        g, n, H, N = box.tokens.row.shape
         self.valid = None if box.tokens.valid is None else box.tokens.valid.reshape(g, n * H, N)
-        self.gates = [
-            box.tokens.take(x, compute_dtype(inputs.q)).movedim(-1, 0)
-            for x in (inputs.theta, inputs.alpha, inputs.eta)
-        ]  # [G, g, R, N] each
-        end = span.index.new_full((g, n), N) if span.end is None else span.end
+        take = lambda x: box.tokens.take(x, compute_dtype(inputs.q)).movedim(-1, 0)  # noqa: E731
+        # [G, g, R, N] each
+        self.gates = take(inputs.theta), take(inputs.alpha), take(inputs.eta)
+        end = span.token.new_full((g, n), N) if span.end is None else span.end
         self.end = end.repeat_interleave(H, 1)[None, :, :, None, None]  # [1, g, R, 1, 1]
 
     def tables(self) -> Tables:
-        values = coefficients(*self.gates, self.valid)
-        end = self.end.expand(*values.a.shape[:-1], 1, values.a.shape[-1])
+        a, Q, M = coefficients(*self.gates, self.valid)
+        end = self._end_rows(a)
+        rows = torch.cat([Q.gather(-2, end), M.gather(-2, end)], -2)  # [G, g, R, 2, N + 1]
+        # W' takes a of W and c of S, S' takes nothing of W and p of S.
+        of_W = torch.stack([a.gather(-1, end[..., 0, :1])[..., 0], torch.zeros_like(a[..., 0])], -1)
         return Tables(
-            values,
-            values.a.gather(-1, end[..., 0, :1])[..., 0],
-            values.Q.gather(-2, end)[..., 0, :],
-            values.M.gather(-2, end)[..., 0, :],
+            torch.stack([a, Q[..., 0]], -1),
+            Q[..., 1:],
+            torch.stack([of_W, rows[..., 0]], -1),
+            rows[..., 1:].mT.contiguous(),
         )
 
     def backward(self, grad: Tables) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of theta, alpha and eta, [g, R, N, G] each."""
-        a, Q, M = grad.values
-        end = self.end.expand(*a.shape[:-1], 1, a.shape[-1])
-        a.scatter_add_(-1, end[..., 0, :1], grad.end_a.unsqueeze(-1))
-        Q.scatter_add_(-2, end, grad.end_Q.unsqueeze(-2))
-        M.scatter_add_(-2, end, grad.end_M.unsqueeze(-2))
-        theta, alpha, eta = coefficients_backward(*self.gates, self.valid, grad.values)
+        da, dc = grad.ac.unbind(-1)
+        dQ = torch.cat([dc.unsqueeze(-1), grad.G], -1)
+        dM = torch.zeros_like(dQ)
+        end = self._end_rows(da)
+        rows = torch.cat([grad.keep[..., 1:], grad.learn.mT], -1)  # [G, g, R, 2, N + 1]
+        da = da.scatter_add(-1, end[..., 0, :1], grad.keep[..., 0, :1])
+        dQ.scatter_add_(-2, end, rows[..., :1, :])
+        dM.scatter_add_(-2, end, rows[..., 1:, :])
+        grads = coefficients_backward(*self.gates, self.valid, Coefficients(da, dQ, dM))
+        theta, alpha, eta = grads
         return theta.movedim(0, -1), alpha.movedim(0, -1), eta.movedim(0, -1)
+
+    def _end_rows(self, a: Tensor) -> Tensor:
+        """[G, g, R, 1, N + 1]: which row of the coefficients each block hands on."""
+        return self.end.expand(*a.shape[:-1], 1, a.shape[-1])

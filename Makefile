@@ -1,0 +1,56 @@
+# `make demo` and `make test` are all that a fresh machine with Python 3.10+ needs to run: each
+# makes .venv when it is missing. Nothing is compiled.
+#
+#   PYTHON  the Python that .venv is made from
+#   TORCH   the torch to install, for example TORCH=torch for the newest
+#   PYTEST  more options for pytest, for example PYTEST="-k stream -x"
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+PYTEST ?=
+VENV   ?= .venv
+
+PY    := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+# One thread a worker: the suite runs two workers, and its tensors are too small to split.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format verify bench clean
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# torch comes first: the later, open range is then satisfied, and no other build replaces it.
+$(READY): setup.py
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed"'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(READY) ## Train a small byte-level model and watch its memory learn while it reads
+	$(PY) -m titans_kernels.demo
+
+test: check ## Lint, type-check and run every test that this machine can run
+	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist worksteal --durations 10 $(PYTEST)
+
+check: $(READY) ## Lint, formatting and types only
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(READY) ## Rewrite the sources in the project's format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+verify: $(READY) ## Compare every operator and dtype with the float64 reference
+	$(PY) -m titans_kernels.verify
+
+bench: $(READY) ## Time the operators beside their peers
+	$(PY) -m benchmarks
+
+clean: ## Remove .venv, caches and build products
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,74 @@
+"""Packaging. Pure Python: nothing is compiled, here or on the user's machine.
+
+The reference lives at the top level, where a reader of the repository looks for it, and travels in
+every wheel, sdist and editable install as `titans_kernels.reference`.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def read(path: str) -> str:
+    """The text of a file of this repository."""
+    return (HERE / path).read_text(encoding="utf-8")
+
+
+version = re.search(r'^__version__ = "(.+)"$', read("titans_kernels/__init__.py"), re.MULTILINE)
+assert version, "titans_kernels/__init__.py has no __version__"
+
+REFERENCE = "titans_kernels.reference"
+reference_packages = [REFERENCE, *(f"{REFERENCE}.{name}" for name in find_packages("reference"))]
+
+demo = ["matplotlib", "tqdm"]
+bench = ["matplotlib", "tqdm"]
+dev = [
+    "hypothesis",
+    "mypy",
+    "ninja",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+    "setuptools>=70.1",  # the tests build a wheel without the network
+    "titans-pytorch==0.5.5",  # an independent implementation that the tests compare against
+]
+
+setup(
+    name="titans_kernels",
+    version=version[1],
+    description="Fused kernels for the Titans neural memory, with PyTorch backend and reference",
+    long_description=read("README.md") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["titans_kernels", "titans_kernels.*"]),
+        *reference_packages,
+    ],
+    package_dir={REFERENCE: "reference"},
+    package_data={"titans_kernels": ["py.typed"]},
+    include_package_data=False,
+    zip_safe=False,
+    install_requires=[
+        "numpy",
+        "torch>=2.6",
+        # Never pinned: every CUDA build of torch pins the triton that it was made with.
+        'triton; platform_system == "Linux"',
+    ],
+    extras_require={
+        "demo": demo,
+        "bench": bench,
+        "dev": sorted({*dev, *demo, *bench}),
+        "hf": ["transformers"],
+    },
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,528 @@
+"""The layer against a plain composition that shares nothing with it, and what a model asks of it."""
+
+import copy
+import dataclasses
+import doctest
+import importlib
+import io
+import itertools
+import resource
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+import reference
+from titans_kernels import NeuralMemory
+from titans_kernels import neural_memory as operator
+from titans_kernels.layers import LayerState
+
+# The module: titans_kernels.layers.neural_memory the name could be mistaken for the operator.
+module = importlib.import_module("titans_kernels.layers.neural_memory")
+
+SMALL = {"heads": 2, "dim_head": 4, "expansion": 2, "dtype": torch.float64}
+
+
+def _layer(seed=0, dim=10, **options):
+    torch.manual_seed(seed)
+    layer = NeuralMemory(dim, **(SMALL | options))
+    with torch.no_grad():  # off their initial values, so that each of them matters
+        for name, p in layer.named_parameters():
+            if p.dim() == 1:
+                p.add_(0.3 * torch.randn_like(p))
+            elif "norm" in name:
+                p.add_(0.1 * p.abs().max().clamp(0.1) * torch.randn_like(p))
+        layer.alpha_bias.add_(2)
+    return layer
+
+
+def _randn(*shape, seed=1, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def _close(name, actual, expected, tolerance):
+    assert actual.shape == expected.shape, f"{name}: {actual.shape} is not {expected.shape}"
+    if actual.numel():
+        error = (actual - expected).abs().max().item()
+        bound = tolerance * expected.abs().max().item() + 1e-300
+        assert error <= bound, f"{name}: error {error:.1e}, bound {bound:.1e}"
+
+
+def _all_close(name, actual, expected, tolerance):
+    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
+        _close(f"{name}[{i}]", x, y, tolerance)
+
+
+def _cotangent(tensors):
+    """A scalar that weighs every entry of the tensors differently."""
+    return sum((x * _randn(*x.shape, seed=i)).sum() for i, x in enumerate(tensors))
+
+
+def _gradients(layer, outputs, *others):
+    """Gradients of the parameters, by name, and of other leaves."""
+    named = dict(layer.named_parameters()) | {f"input {i}": x for i, x in enumerate(others)}
+    outputs = [x for x in outputs if x.is_floating_point()]
+    return dict(zip(named, torch.autograd.grad(_cotangent(outputs), named.values()), strict=True))
+
+
+def _same_gradients(actual, expected, tolerance):
+    for name, value in actual.items():
+        _close(f"d {name}", value, expected[name], tolerance)
+
+
+# Against the definition.
+
+
+def _plain(layer, x, *, rounded=lambda x: x):
+    """The layer on one sequence [T, dim], in loops over its parameters, by the reference's memory.
+
+    `rounded` rounds what a layer of low precision rounds: operands and results of projections, and
+    what the memory is given and returns.
+    """
+    p = {name: value.double() for name, value in layer.named_parameters()}
+    H, D, L = layer.heads, layer.dim_head, layer.depth
+    x = rounded(x)
+
+    def project(name, x):
+        return rounded(x @ rounded(p[f"{name}_proj.weight"]).T)
+
+    def convolve(i, y):
+        taps = p[f"convolutions.{i}.weight"] if layer.conv_size else None
+        out = []
+        for t in range(len(y)):
+            past = range(max(0, t - layer.conv_size + 1), t + 1)
+            terms = [y[s] * taps[:, layer.conv_size - 1 - (t - s)] for s in past]
+            out.append(sum(terms) if layer.conv_size else y[t])
+        return torch.stack(out) if out else y
+
+    def prepare(i, name):
+        y = convolve(i, project(name, x))
+        y = (y * torch.sigmoid(y)).view(-1, H, D)
+        return rounded(y / (y.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt())[None]
+
+    def gate(name):
+        g = torch.sigmoid(project(name, x) + p[f"{name}_bias"])
+        return g.view(1, -1, H, L) if layer.per_layer_gates else g[None]
+
+    o, _ = reference.neural_memory(
+        *(prepare(i, name) for i, name in enumerate("qkv")),
+        layer.max_learning_rate * gate("theta"),
+        gate("alpha"),
+        gate("eta"),
+        tuple(p[f"weights.{i}"] for i in range(L)),
+        norm=(p["norm_weight"], p["norm_bias"]) if layer.norm else None,
+        activation=layer.activation,
+        residual=layer.residual,
+        chunk_size=layer.chunk_size,
+    )
+    o = rounded(o[0])
+    o = o / ((o.pow(2).sum(-1, keepdim=True) + 1e-6) / D).sqrt() * p["out_norm"]
+    g = project("gate", x)
+    return project("out", rounded(o.flatten(-2) * g * torch.sigmoid(g)))
+
+
+CASES = {
+    "as it comes": ({}, [37]),
+    "heads of dim / heads, GELU": ({"dim": 12, "dim_head": None, "activation": "gelu"}, [21]),
+    "depth 1, no residual": ({"depth": 1, "residual": False}, [20]),
+    "depth 3, gates per layer": ({"depth": 3, "per_layer_gates": True, "chunk_size": 4}, [18]),
+    "no norm": ({"norm": False, "max_learning_rate": 0.02}, [20]),
+    "no convolution": ({"conv_size": None}, [20]),
+    "a convolution of one": ({"conv_size": 1}, [9]),
+    "a convolution longer than the sequence": ({"conv_size": 7}, [5]),
+    "chunk 1, SiLU": ({"chunk_size": 1, "activation": "silu"}, [12]),
+    "packed, some shorter than the filter": ({"chunk_size": 4}, [5, 0, 1, 2, 13, 0, 3, 0]),
+    "packed, no convolution": ({"conv_size": 0, "chunk_size": 4}, [5, 0, 2]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layer_is_the_plain_composition(case):
+    options, lengths = CASES[case]
+    layer = _layer(**options)
+    x = _randn(1, sum(lengths), layer.dim).requires_grad_()
+    ends = torch.tensor([0, *itertools.accumulate(lengths)])
+    out, _ = layer(x, cu_seqlens=ends if len(lengths) > 1 else None)
+    expected = torch.cat([_plain(layer, part) for part in x[0].split(lengths)])[None]
+
+    _close("out", out, expected, 1e-11)
+    _same_gradients(_gradients(layer, [out], x), _gradients(layer, [expected], x), 1e-10)
+
+
+def _low_precision(dtype, autocast):
+    layer = _layer(dim=32, dim_head=8, heads=4, dtype=torch.float32)
+    x = _randn(1, 96, 32).float()
+    if not autocast:
+        layer, x = layer.to(dtype), x.to(dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        out, state = layer(x)
+    return layer, x, out, state
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["module", "autocast"])
+def test_bfloat16_loses_what_its_roundings_lose(autocast):
+    layer, x, out, state = _low_precision(torch.bfloat16, autocast)
+    assert out.dtype == torch.bfloat16
+    memory = state.memory
+    assert memory.k.dtype == state.convolution[0].dtype == torch.bfloat16
+    for part in (*memory.weights, *memory.momentum, memory.theta, memory.alpha, memory.eta):
+        assert part.dtype == torch.float32
+
+    exact = _plain(layer, x[0].double())[None]
+    yardstick = _plain(layer, x[0].double(), rounded=lambda x: x.bfloat16().double())[None]
+    found = {"out": (out.double(), yardstick, exact)}
+    grads = [_gradients(layer, [y.double()]) for y in (out, yardstick, exact)]
+    found |= {f"d {name}": tuple(g[name].double() for g in grads) for name in grads[0]}
+    for name, (actual, yardstick, exact) in found.items():
+        for measure, factor in ((torch.linalg.vector_norm, 1.25), (lambda x: x.abs().max(), 2.0)):
+            error, bound = measure(actual - exact), factor * measure(yardstick - exact)
+            assert error <= bound, f"{name}: error {error:.1e}, bound {bound:.1e}"
+
+
+# Streams.
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 3, 5, 15, 16, 17, 20, 31, 39, 40])
+def test_a_cut_changes_nothing(cut):
+    layer = _layer(per_layer_gates=cut == 5)
+    x = _randn(2, 40, layer.dim).requires_grad_()
+    whole, final = layer(x)
+    first, state = layer(x[:, :cut])
+    second, state = layer(x[:, cut:], state)
+
+    actual = [torch.cat([first, second], 1), *tree_leaves(state)]
+    expected = [whole, *tree_leaves(final)]
+    _all_close("out, state", actual, expected, 1e-11)
+    _same_gradients(_gradients(layer, actual, x), _gradients(layer, expected, x), 1e-11)
+
+
+def test_token_by_token_is_forward():
+    layer = _layer()
+    x = _randn(2, 40, layer.dim).requires_grad_()
+    expected, final = layer(x)
+    state, outputs = None, []
+    for x_t in x.unbind(1):
+        out, state = layer.step(x_t, state)
+        outputs.append(out)
+
+    actual, expected = [torch.stack(outputs, 1), *tree_leaves(state)], [expected, *tree_leaves(final)]
+    _all_close("out, state", actual, expected, 1e-11)
+    _same_gradients(_gradients(layer, actual, x), _gradients(layer, expected, x), 1e-11)
+
+
+LENGTHS = [5, 0, 17, 1, 32, 2, 3, 0]
+
+
+def test_packed_sequences_are_separate_runs_and_decode_on():
+    layer = _layer()
+    rows = [_randn(1, n, layer.dim, seed=n) for n in LENGTHS]
+    packed, state = layer(torch.cat(rows, 1), cu_seqlens=torch.tensor([0, *_ends(LENGTHS)]))
+    runs = [layer(row) for row in rows]
+    _close("out", packed, torch.cat([out for out, _ in runs], 1), 1e-11)
+
+    # Every row at its own phase of its chunk; then a batch; then packed again, other lengths.
+    for t in range(20):
+        x_t = _randn(len(rows), layer.dim, seed=100 + t)
+        out, state = layer.step(x_t, state)
+        runs = [layer.step(row[None], run[1]) for row, run in zip(x_t, runs, strict=True)]
+        _close(f"step {t}", out, torch.cat([out for out, _ in runs]), 1e-11)
+
+    lengths = LENGTHS[::-1]
+    rows = [_randn(1, n, layer.dim, seed=200 + n) for n in lengths]
+    ends = torch.tensor([0, *_ends(lengths)], dtype=torch.int32)
+    packed, state = layer(torch.cat(rows, 1), state, cu_seqlens=ends)
+    runs = [layer(row, run[1]) for row, run in zip(rows, runs, strict=True)]
+    _close("out", packed, torch.cat([out for out, _ in runs], 1), 1e-11)
+    states = [tree_leaves(state) for _, state in runs]
+    together = [torch.cat(parts) for parts in zip(*states, strict=True)]
+    _all_close("state", tree_leaves(state), together, 1e-11)
+
+
+def _ends(lengths):
+    return itertools.accumulate(lengths)
+
+
+def test_packed_sequences_do_not_see_each_other():
+    layer, ends = _layer(), torch.tensor([0, 4, 4, 6, 20])
+    x = _randn(1, 20, layer.dim)
+    out, state = layer(x, cu_seqlens=ends)
+    other = x.clone()
+    other[:, 4:6] = 100.0
+    changed, changed_state = layer(other, cu_seqlens=ends)
+    assert torch.equal(out[:, :4], changed[:, :4]) and torch.equal(out[:, 6:], changed[:, 6:])
+    assert not torch.equal(out[:, 4:6], changed[:, 4:6])
+    keep = torch.tensor([0, 1, 3])
+    before, after = (tree_leaves(s.index_select(keep)) for s in (state, changed_state))
+    assert all(map(torch.equal, before, after))
+
+
+def test_nothing_is_a_sequence_too():
+    layer = _layer()
+    _, state = layer(_randn(3, 5, layer.dim))
+    out, same = layer(_randn(3, 0, layer.dim), state)
+    assert out.shape == (3, 0, layer.dim)
+    assert all(map(torch.equal, tree_leaves(state), tree_leaves(same)))
+
+
+def _bytes(state):
+    return sum(x.untyped_storage().nbytes() for x in tree_leaves(state))
+
+
+@pytest.mark.slow
+def test_200_000_tokens_in_constant_memory():
+    layer = NeuralMemory(32, heads=1)
+    segment, segments = 4_000, 50
+    state, peaks, sizes = None, [], []
+    with torch.no_grad():
+        for i in range(segments):
+            out, state = layer(_randn(1, segment, 32, seed=i, dtype=torch.float32), state)
+            assert out.isfinite().all()
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # KiB
+            sizes.append(_bytes(state))
+    assert set(sizes) == {sizes[0]} and sizes[0] < 2**18
+    grown = (peaks[-1] - peaks[4]) * 1024
+    # All outputs together would be 25 MB.
+    assert grown < 2**22, f"peak memory grew by {grown / 2**20:.1f} MB"
+
+
+# Stability.
+
+
+class _Spy:
+    """Stands in for the operator and keeps what the layer gave it."""
+
+    def __call__(self, q, k, v, **options):
+        self.k, self.v, self.options = k, v, options
+        return operator(q, k, v, **options)
+
+    def losses(self):
+        """||f(k) - v||^2 of every token at the weights before it: the query t is the key t + 1."""
+        options = self.options | {"output_final_state": False}
+        found, _ = operator(self.k.roll(-1, 1), self.k, self.v, **options)
+        return (found - self.v.roll(-1, 1))[:, :-1].double().square().sum(-1).mean((0, 2))
+
+
+def _windows(x):
+    """Root mean square of [1, T, dim] over each of eight parts of the sequence."""
+    return x.double().square().mean((0, 2)).unflatten(0, (8, -1)).mean(1).sqrt()
+
+
+STABLE = {
+    "float64": (torch.float64, {"heads": 2}, 128),
+    "float32": (torch.float32, {"heads": 2}, 128),
+    "bfloat16": (torch.bfloat16, {"heads": 2}, 128),
+    "float32, dim 384": (torch.float32, {"heads": 6}, 384),
+    "bfloat16, chunk 64": (torch.bfloat16, {"heads": 2, "chunk_size": 64}, 128),
+    "float64, depth 4": (torch.float64, {"heads": 2, "dim_head": 32, "depth": 4}, 128),
+}
+
+
+@pytest.mark.parametrize("case", STABLE)
+def test_4096_random_tokens_are_stable(case, monkeypatch):
+    dtype, options, dim = STABLE[case]
+    spy = _Spy()
+    monkeypatch.setattr(module, "neural_memory", spy)
+    torch.manual_seed(0)
+    layer = NeuralMemory(dim, **options).to(dtype)
+    x = _randn(1, 4096, dim).to(dtype)
+    with torch.no_grad():
+        out, state = layer(x)
+        assert all(y.isfinite().all() for y in (out, *tree_leaves(state)))
+        assert 0.3 < out.double().std() < 1.0
+
+        losses = spy.losses()
+        first, last = losses[:512].mean(), losses[-512:].mean()
+        assert last < first, f"the inner loss grew from {first:.3f} to {last:.3f}"
+
+        if dtype == torch.bfloat16:  # it cannot hold the perturbation: its own rounding is one
+            exact, _ = copy.deepcopy(layer).double()(x.double())
+            errors = _windows(out - exact) / _windows(exact)
+            assert errors.max() < 10 * 2**-8 and errors[-1] < 2 * errors[0], errors.tolist()
+            return
+        perturbed, _ = layer(x + 1e-6 * _randn(*x.shape, seed=2).to(dtype))
+        growth = _windows(perturbed - out) / _windows(out) / 1e-6
+    assert growth.max() < 10, f"a perturbation grew {growth.tolist()} times"
+
+
+# A module among others.
+
+
+def test_parameter_count_is_the_formula():
+    for depth, conv_size, norm, per_layer in [(1, 4, True, False), (2, 3, False, True), (4, 0, True, True)]:
+        dim, H, D, e = 24, 3, 5, 2
+        layer = NeuralMemory(
+            dim, heads=H, dim_head=D, depth=depth, expansion=e,
+            conv_size=conv_size, norm=norm, per_layer_gates=per_layer,
+        )
+        inner, hidden, gates = H * D, e * D, H * (depth if per_layer else 1)
+        M = D**2 if depth == 1 else 2 * D * hidden + (depth - 2) * hidden**2
+        expected = 5 * dim * inner + 3 * inner * conv_size + 3 * gates * (dim + 1) + H * M
+        expected += (3 if norm else 1) * inner
+        assert sum(p.numel() for p in layer.parameters()) == expected
+
+
+def test_state_dict_and_copies_hold_everything():
+    layer, x = _layer(), _randn(1, 20, 10)
+    out, _ = layer(x)
+    other = _layer(seed=5)
+    assert not torch.equal(other(x)[0], out)
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other(x)[0], out)
+    assert torch.equal(copy.deepcopy(layer)(x)[0], out)
+
+
+def test_a_saved_state_goes_on():
+    layer, x = _layer(), _randn(2, 30, 10)
+    with torch.no_grad():
+        _, state = layer(x[:, :19])
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        buffer.seek(0)
+        loaded = torch.load(buffer, weights_only=True)
+        assert isinstance(loaded, LayerState)
+        assert torch.equal(layer(x[:, 19:], loaded)[0], layer(x[:, 19:], state)[0])
+        swapped = state.index_select(torch.tensor([1, 0]))
+        assert torch.equal(layer(x[:, 19:].flip(0), swapped)[0].flip(0), layer(x[:, 19:], state)[0])
+    _, state = layer(x)
+    assert any(y.requires_grad for y in tree_leaves(state))
+    assert not any(y.requires_grad for y in tree_leaves(state.detach()))
+
+
+def test_meta_device_then_initialised_as_ever():
+    options = {"heads": 2, "per_layer_gates": True}
+    meta, layer = NeuralMemory(16, **options, device="meta"), NeuralMemory(16, **options)
+    assert all(p.is_meta for p in meta.parameters())
+    meta.to_empty(device="cpu")
+    for module in (meta, layer):
+        with torch.no_grad():
+            for p in module.parameters():
+                p.fill_(float("nan"))
+        torch.manual_seed(3)
+        module.reset_parameters()
+    plain = ("theta_bias", "alpha_bias", "eta_bias", "norm_weight", "norm_bias", "out_norm")
+    for (name, p), expected in zip(meta.named_parameters(), layer.parameters(), strict=True):
+        assert torch.equal(p, expected), name
+        assert getattr(p, "_no_weight_decay", False) == (name in plain), name
+
+
+def test_checkpointing_changes_nothing():
+    layer, x = _layer(), _randn(1, 40, 10).requires_grad_()
+    _, start = layer(_randn(1, 7, 10, seed=4))
+    start = start.detach()
+    out, state = layer(x, start)
+    expected = _gradients(layer, [out, *tree_leaves(state)], x)
+    out, state = checkpoint(layer, x, start, use_reentrant=False)
+    actual = _gradients(layer, [out, *tree_leaves(state)], x)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_docstring_example_runs():
+    found = doctest.DocTestFinder().find(NeuralMemory, globs={})
+    runner = doctest.DocTestRunner()
+    for test in found:
+        runner.run(test)
+    assert runner.summarize().attempted > 0 and runner.failures == 0
+
+
+def test_repr_names_the_sizes():
+    text = repr(NeuralMemory(16, heads=2))
+    assert "16, heads=2, dim_head=8, depth=2, expansion=4, chunk_size=16" in text
+    assert "32, size=4" in repr(NeuralMemory(16, heads=2, dim_head=16))
+
+
+# What does not fit.
+
+
+OPTIONS = [
+    ({"dim": 0}, ValueError, "dim: got 0, takes an int of at least 1"),
+    ({"dim": 8.0}, TypeError, "dim: got 8.0, takes an int"),
+    ({"heads": 0}, ValueError, "heads: got 0, takes an int of at least 1"),
+    ({"heads": True}, TypeError, "heads: got True, takes an int"),
+    ({"heads": 3}, ValueError, "heads: got 3, takes a divisor of dim = 8, or a dim_head beside it"),
+    ({"dim_head": 0}, ValueError, "dim_head: got 0, takes an int of at least 1"),
+    ({"dim_head": "4"}, TypeError, "dim_head: got '4', takes an int"),
+    ({"depth": 0}, ValueError, "depth: got 0, takes an int of at least 1"),
+    ({"expansion": 0}, ValueError, "expansion: got 0, takes an int of at least 1"),
+    ({"expansion": 2.5}, TypeError, "expansion: got 2.5, takes an int"),
+    ({"chunk_size": 0}, ValueError, "chunk_size: got 0, takes an int of at least 1"),
+    ({"chunk_size": -16}, ValueError, "chunk_size: got -16, takes an int of at least 1"),
+    ({"activation": "tanh"}, ValueError, "activation: got 'tanh', takes one of 'gelu_tanh'"),
+    ({"residual": 1}, TypeError, "residual: got 1, takes True or False"),
+    ({"norm": None}, TypeError, "norm: got None, takes True or False"),
+    ({"per_layer_gates": "yes"}, TypeError, "per_layer_gates: got 'yes', takes True or False"),
+    ({"conv_size": -1}, ValueError, "conv_size: got -1, takes an int of at least 0"),
+    ({"conv_size": 4.0}, TypeError, "conv_size: got 4.0, takes an int"),
+    ({"max_learning_rate": 0.0}, ValueError, "max_learning_rate: got 0.0, takes a number above 0"),
+    ({"max_learning_rate": "1"}, TypeError, "max_learning_rate: got '1', takes a number above 0"),
+    ({"backend": "cuda"}, ValueError, "backend: got 'cuda', takes one of 'auto'"),
+    ({"dtype": torch.int32}, TypeError, "dtype: got torch.int32, takes None or one of float64"),
+    ({"dim_heads": 4}, TypeError, "dim_heads"),
+]
+
+
+@pytest.mark.parametrize("options, error, message", OPTIONS, ids=[m for *_, m in OPTIONS])
+def test_options_that_do_not_fit(options, error, message):
+    with pytest.raises(error) as caught:
+        NeuralMemory(**({"dim": 8, "heads": 2} | options))
+    assert message in str(caught.value)
+
+
+X = torch.zeros(2, 5, 10, dtype=torch.float64)
+INPUTS = [
+    (lambda _: ([1.0],), TypeError, "x: got list, takes a torch.Tensor"),
+    (lambda _: (X.long(),), TypeError, "x: got dtype torch.int64, takes one of float64"),
+    (lambda _: (X[0],), ValueError, "x: got shape [5, 10], takes [B, T, dim] with dim = 10"),
+    (lambda _: (X[..., :9],), ValueError, "x: got shape [2, 5, 9], takes [B, T, dim]"),
+    (lambda _: (X.float(),), TypeError, "x: got dtype torch.float32, takes that of the layer"),
+    (lambda _: (X.to("meta"),), ValueError, "x: got device meta, takes that of the layer, cpu"),
+    (lambda _: (X, None, torch.tensor([0, 5])), ValueError, "x: got batch 2, takes 1 together"),
+    (lambda _: (X[:1], None, [0, 5]), TypeError, "cu_seqlens: got list"),
+    (lambda _: (X[:1], None, torch.tensor([0.0, 5.0])), TypeError, "cu_seqlens: got dtype"),
+    (lambda _: (X[:1], None, torch.tensor([[0, 5]])), ValueError, "cu_seqlens: got shape [1, 2]"),
+    (lambda _: (X[:1], None, torch.tensor([0, 4])), ValueError, "cu_seqlens: got 0 first and 4"),
+    (lambda _: (X[:1], None, torch.tensor([0, 3, 2, 5])), ValueError, "values that never fall"),
+    (lambda s: (X, s.memory), TypeError, "state: got MemoryState, takes a LayerState or None"),
+    (lambda s: (X[:1], s), ValueError, "state.memory.weights[0]: got shape [2, 2, 4, 8], takes"),
+    (lambda s: (X, _without(s, 1)), ValueError, "state.convolution: got 2, takes a tuple of 3"),
+    (lambda s: (X, _with(s, lambda x: x[:, 1:])), ValueError, "state.convolution[0]: got shape"),
+    (lambda s: (X, _with(s, torch.Tensor.float)), TypeError, "state.convolution[0]: got dtype"),
+    (lambda s: (X, _with(s, lambda x: None)), TypeError, "state.convolution[0]: got NoneType"),
+    (lambda s: (X, _of(chunk_size=8)), ValueError, "state.memory: got chunks of 8 tokens, takes"),
+    (lambda s: (X, _of(depth=3)), ValueError, "state.memory.weights: got 3 layers, takes 2"),
+    (lambda s: (X, _of(heads=3)), ValueError, "state.memory.weights[0]: got shape [2, 3, 4, 8]"),
+    (lambda s: (X, _of(per_layer_gates=True)), ValueError, "state.memory.theta: got shape"),
+    (lambda s: (X, _of(conv_size=0)), ValueError, "state.convolution: got 0, takes a tuple of 3"),
+]  # fmt: skip
+
+
+def _without(state, count):
+    return dataclasses.replace(state, convolution=state.convolution[count:])
+
+
+def _with(state, function):
+    return dataclasses.replace(state, convolution=tuple(map(function, state.convolution)))
+
+
+def _of(**options):
+    return _layer(**options)(X)[1]
+
+
+@pytest.mark.parametrize("arguments, error, message", INPUTS, ids=[m for *_, m in INPUTS])
+def test_inputs_that_do_not_fit(arguments, error, message):
+    layer = _layer()
+    _, state = layer(X)
+    with pytest.raises(error) as caught:
+        layer(*arguments(state))
+    assert message in str(caught.value)
+
+
+def test_a_step_takes_one_token():
+    layer = _layer()
+    with pytest.raises(ValueError, match=r"x: got shape \[2, 5, 10\], takes \[B, dim\]"):
+        layer.step(X)
+    with pytest.raises(TypeError, match="state: got int, takes a LayerState or None"):
+        layer.step(X[:, 0], 3)

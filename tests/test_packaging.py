@@ -1,0 +1,134 @@
+"""What a user gets: public names, a light import, and packages that carry the reference."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import titans_kernels
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "titans_kernels", "reference")
+
+
+def _python(*arguments, cwd, path=ROOT):
+    """The output of a fresh interpreter that finds modules in `path` first."""
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(path), "PYTHONWARNINGS": ""}
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the sources alone, so that building leaves nothing behind in the repository."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for source in filter(Path.exists, (ROOT / name for name in SOURCES)):
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, copy / source.name, ignore=ignored)
+        else:
+            shutil.copy(source, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index")
+    _python("-m", "pip", "wheel", *options, "--wheel-dir", out, ".", cwd=checkout)
+    [path] = out.glob("*.whl")
+    return path
+
+
+def _modules(folder, name):
+    """The paths that the Python files under `folder` have in a package called `name`."""
+    return {f"{name}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
+
+
+def _contents():
+    """Every file that the installed package must have."""
+    modules = _modules(ROOT / "titans_kernels", "titans_kernels")
+    return modules | _modules(ROOT / "reference", "titans_kernels/reference")
+
+
+def test_public_names():
+    assert sorted(titans_kernels.__all__) == [
+        "MemoryState",
+        "NeuralMemory",
+        "neural_memory",
+        "retrieve",
+    ]
+    assert all(hasattr(titans_kernels, name) for name in titans_kernels.__all__)
+
+
+def test_import_is_light(tmp_path):
+    code = """
+import time, torch
+start = time.perf_counter()
+import titans_kernels
+assert not torch.cuda.is_initialized(), "the import touched a device"
+print(time.perf_counter() - start)
+"""
+    # A busy machine may stall any one import: the fastest of three is the import's own time.
+    seconds = min(float(_python("-c", code, cwd=tmp_path)) for _ in range(3))
+    assert seconds < 1, f"import titans_kernels took {seconds:.2f} s beyond torch"
+
+
+def test_works_without_triton(tmp_path):
+    code = """
+import sys
+sys.modules["triton"] = None  # every import of it raises ModuleNotFoundError
+import torch
+from titans_kernels import retrieve, verify
+assert retrieve(torch.ones(1, 2, 1, 4), (torch.zeros(1, 4, 4),)).sum() == 8
+print(verify.environment("cpu"))
+"""
+    assert "triton not installed" in _python("-c", code, cwd=tmp_path)
+
+
+def test_wheel_contents(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        [metadata] = (n for n in names if n.endswith(".dist-info/METADATA"))
+        text = archive.read(metadata).decode()
+    packed = {name for name in names if ".dist-info/" not in name}
+    assert packed == _contents() | {"titans_kernels/py.typed"}
+    assert any(name.endswith("/LICENSE") for name in names)
+    assert wheel.name == f"titans_kernels-{titans_kernels.__version__}-py3-none-any.whl"
+    [triton] = (line for line in text.splitlines() if line.startswith("Requires-Dist: triton"))
+    assert triton.split(";")[0] == "Requires-Dist: triton", "a pin would fight torch's own"
+
+
+def test_sdist_contents(checkout, tmp_path):
+    _python("setup.py", "--quiet", "sdist", "--dist-dir", tmp_path, cwd=checkout)
+    [path] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    wanted = _modules(ROOT / "titans_kernels", "titans_kernels")
+    wanted |= _modules(ROOT / "reference", "reference")
+    assert wanted | {"titans_kernels/py.typed", "setup.py", "pyproject.toml", "LICENSE"} <= names
+
+
+def test_verify_from_a_wheel(wheel, tmp_path):
+    installed, empty = tmp_path / "installed", tmp_path / "empty"
+    empty.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    where = "import titans_kernels.reference as r; print(r.__file__)"
+    assert str(installed) in _python("-c", where, cwd=empty, path=installed)
+    arguments = ("-m", "titans_kernels.verify", "--quick", "--device", "cpu")
+    assert "all ok" in _python(*arguments, cwd=empty, path=installed)
+
+
+def test_verify_from_a_checkout(checkout):
+    code = "from titans_kernels import verify; print(verify._import_reference().__file__)"
+    found = Path(_python("-c", code, cwd=checkout, path=checkout).strip())
+    # An editable install of the repository, if there is one, may serve as well.
+    assert found in {checkout / "reference/__init__.py", ROOT / "reference/__init__.py"}

@@ -1,0 +1,375 @@
+"""A state carries all there is: a sequence cut anywhere, packed or branched is the whole one."""
+
+import copy
+import io
+from itertools import pairwise
+
+import pytest
+import torch
+from inputs import make_inputs
+from torch.utils import _pytree as pytree
+from yardstick import (
+    TOKENS,
+    assert_gradients,
+    assert_values,
+    blocks_of,
+    flat,
+    gradients,
+    measure,
+    piece,
+)
+
+import reference
+from titans_kernels import MemoryState, neural_memory, retrieve
+
+LENGTHS = (17, 0, 1, 32, 20)  # of packed sequences: ragged, none, one token, whole chunks
+
+
+def _streamed(inputs, cuts, **options):
+    """Output and final state of the pieces that the cuts make, as of one operator."""
+    T = inputs["q"].shape[1]
+    outputs, state = [], options.pop("initial_state", None)
+    options.pop("output_final_state", None)
+    for start, stop in pairwise((0, *cuts, T)):
+        o, state = neural_memory(
+            **piece(inputs, start, stop), **options, initial_state=state, output_final_state=True
+        )
+        assert o.shape[1] == stop - start
+        outputs.append(o)
+    return torch.cat(outputs, 1), state
+
+
+def _values(result):
+    o, state = result
+    return flat({"o": o, "state": state})
+
+
+def _without_gradients(inputs):
+    detach = lambda x: x.detach() if torch.is_tensor(x) else x  # noqa: E731
+    return pytree.tree_map(detach, inputs)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Inputs of 50 tokens, and what the whole run makes of them, by chunk."""
+    inputs = make_inputs(2, 50, 2, 4, 8, 2)
+    return inputs, {
+        chunk: measure(neural_memory, inputs, chunk_size=chunk) for chunk in (5, 16, 70)
+    }
+
+
+# ---------------------------------------------------------------------------------------- cuts
+
+
+@pytest.mark.parametrize("cut", range(51))
+def test_a_cut_anywhere_changes_nothing(whole, cut):
+    inputs, want = _without_gradients(whole[0]), whole[1][16].values
+    o, state = _streamed(inputs, (cut,), chunk_size=16)
+    assert state.length.tolist() == [2, 2] and state.length.dtype == torch.int32
+    assert_values(_values((o, state)), want)
+
+
+CUTS = {
+    "between chunks": (16, (32,)),
+    "inside a chunk": (16, (21,)),
+    "three times inside a chunk": (16, (17, 18, 30)),
+    "at both ends": (16, (0, 50)),
+    "empty pieces inside a chunk": (16, (21, 21, 21)),
+    "one token at a time": (16, range(1, 50)),
+    "small pieces": (16, range(3, 50, 3)),
+    "short chunks": (5, (2, 9, 10, 31)),
+    "short chunks, one token at a time": (5, range(1, 50)),
+    "a chunk that no piece fills": (70, (1, 30, 31)),
+    "a chunk that stays open, token by token": (70, range(1, 50)),
+}
+
+
+@pytest.mark.parametrize("block", ["cpu", "cuda", 7])
+@pytest.mark.parametrize("chunk, cuts", CUTS.values(), ids=CUTS)
+def test_gradients_flow_through_cuts(whole, chunk, cuts, block):
+    inputs, want = whole[0], whole[1][chunk]
+    with blocks_of(block):
+        got = measure(lambda **x: _streamed(x, cuts, chunk_size=chunk), inputs)
+    assert_values(got.values, want.values)
+    assert_gradients(got.gradients, want.gradients)
+
+
+@pytest.mark.parametrize("cut", [1, 64, 65, 100, 129])
+def test_a_chunk_over_several_blocks_may_be_cut(cut):
+    inputs = make_inputs(1, 150, 1, 4, 6, 2, per_layer_gates=True)
+    want = measure(neural_memory, inputs, chunk_size=70)
+    got = measure(lambda **x: _streamed(x, (cut,), chunk_size=70), inputs)
+    assert_values(got.values, want.values)
+    assert_gradients(got.gradients, want.gradients)
+
+
+def test_detach_truncates():
+    inputs, past = make_inputs(1, 20, 2, 4, 6, 2), make_inputs(1, 21, 2, 4, 6, 2, seed=1)
+    shared = {"weights": past["weights"], "norm": past["norm"]}
+    _, state = neural_memory(**past, output_final_state=True)
+    o, _ = neural_memory(**inputs | shared, initial_state=state.detach())
+    found = gradients({"o": o}, flat(past))
+    assert {name for name, x in found.items() if x.any()} == {"norm[0]", "norm[1]"}
+    assert not any(x.requires_grad for x in flat({"s": state.detach()}).values())
+
+    o, _ = neural_memory(**inputs | shared, initial_state=state)
+    found = gradients({"o": o}, flat(past))
+    assert {name for name, x in found.items() if not x.any()} == {"q"}  # it is asked, not learned
+
+
+def test_weights_beside_a_state_give_shapes_only():
+    inputs = make_inputs(2, 20, 2, 4, 6, 2)
+    _, state = neural_memory(**_without_gradients(inputs), output_final_state=True)
+    o, _ = neural_memory(**inputs, initial_state=state)
+    other = inputs | {"weights": tuple(torch.full_like(w, torch.nan) for w in inputs["weights"])}
+    assert_values({"o": neural_memory(**other, initial_state=state)[0]}, {"o": o}, 0.0)
+    found = gradients({"o": o}, flat(inputs))
+    assert not found["weights[0]"].any() and not found["weights[1]"].any()
+
+
+def test_one_state_has_many_futures():
+    past, next_ = make_inputs(2, 21, 2, 4, 6, 2), make_inputs(2, 9, 2, 4, 6, 2, seed=1)
+    shared = {"weights": past["weights"], "norm": past["norm"]}
+    _, state = neural_memory(**past, output_final_state=True)
+    before = {name: x.clone() for name, x in flat({"state": state}).items()}
+    first, _ = neural_memory(**next_ | shared, initial_state=state, output_final_state=True)
+    again, _ = neural_memory(**next_ | shared, initial_state=state, output_final_state=True)
+    assert_values({"o": again}, {"o": first}, 0.0)
+    assert_values(flat({"state": state}), before, 0.0)
+
+    one = gradients({"o": first}, flat(past), retain_graph=True)
+    both = gradients({"o": first + again}, flat(past))
+    assert_gradients(both, {name: 2 * x for name, x in one.items()}, 1e-14)
+
+
+# -------------------------------------------------------------------------------------- varlen
+
+
+def _rows(lengths, inputs):
+    """The inputs of every packed sequence alone."""
+    ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    return [piece(inputs, start, stop) for start, stop in pairwise(ends)]
+
+
+def _one_by_one(lengths, states=None, **inputs):
+    """What a packed run stands for: every sequence alone, states put together."""
+    inputs.pop("output_final_state")
+    runs = [
+        neural_memory(
+            **part, initial_state=None if states is None else states[n], output_final_state=True
+        )
+        for n, part in enumerate(_rows(lengths, inputs))
+    ]
+    state = pytree.tree_map(lambda *x: torch.cat(x), *(state for _, state in runs))
+    return torch.cat([o for o, _ in runs], 1), state
+
+
+@pytest.mark.parametrize("block", ["cpu", "cuda", 7])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+def test_packed_sequences_are_separate_ones(dtype, block):
+    inputs = make_inputs(1, sum(LENGTHS), 2, 4, 6, 2, lengths=LENGTHS, per_layer_gates=True)
+    cu_seqlens = inputs.pop("cu_seqlens").to(dtype)
+    with blocks_of(block):
+        want = measure(lambda **x: _one_by_one(LENGTHS, **x), inputs)
+        got = measure(neural_memory, inputs, cu_seqlens=cu_seqlens)
+    assert_values(got.values, want.values)
+    assert_gradients(got.gradients, want.gradients)
+
+
+def test_decoding_goes_on_from_a_packed_prefill():
+    """A batch of rows, each at its own phase of its chunk, token by token; then rows in new order."""
+    inputs = make_inputs(1, sum(LENGTHS), 2, 4, 6, 2, lengths=LENGTHS)
+    more = make_inputs(len(LENGTHS), 40, 2, 4, 6, 2, seed=1)
+    shared = {"weights": inputs["weights"], "norm": inputs["norm"]}
+
+    def packed_then_decoded(**x):
+        _, state = neural_memory(**x)
+        return _streamed(more | shared, range(1, 40), initial_state=state)
+
+    def alone(cu_seqlens, output_final_state, **x):
+        runs = []
+        for n, part in enumerate(_rows(LENGTHS, x)):
+            tokens = {name: torch.cat([part[name], more[name][n : n + 1]], 1) for name in TOKENS}
+            o, state = neural_memory(**part | tokens, output_final_state=True)
+            runs.append((o[:, LENGTHS[n] :], state))
+        state = pytree.tree_map(lambda *x: torch.cat(x), *(state for _, state in runs))
+        return torch.cat([o for o, _ in runs]), state
+
+    want, got = measure(alone, inputs), measure(packed_then_decoded, inputs)
+    assert_values(got.values, want.values)
+    assert_gradients(got.gradients, want.gradients)
+
+
+def test_packed_sequences_go_on_packed():
+    inputs = make_inputs(1, sum(LENGTHS), 2, 4, 6, 2, lengths=LENGTHS)
+    _, state = neural_memory(**inputs, output_final_state=True)
+    states = [state.index_select(torch.tensor([n])) for n in range(len(LENGTHS))]
+    want = _one_by_one(LENGTHS[::-1], states, **_alone(inputs), output_final_state=True)
+    cu_seqlens = torch.tensor([0, *LENGTHS[::-1]]).cumsum(0)
+    got = neural_memory(
+        **inputs | {"cu_seqlens": cu_seqlens}, initial_state=state, output_final_state=True
+    )
+    assert_values(_values(got), _values(want))
+
+
+def _alone(inputs):
+    return {name: x for name, x in inputs.items() if name != "cu_seqlens"}
+
+
+@pytest.mark.parametrize("block", ["cpu", "cuda"])
+@pytest.mark.parametrize("chunk", [1, 3, 16, 100])
+def test_nan_stays_in_its_sequence(chunk, block):
+    lengths = (70, 17, 113)
+    clean = make_inputs(1, 200, 1, 4, 6, 2, lengths=lengths, requires_grad=False)
+    poisoned = clean | {name: clean[name].clone() for name in TOKENS}
+    for name in TOKENS:
+        poisoned[name][:, 70:87] = torch.nan
+    mine = torch.ones(200, dtype=torch.bool)
+    mine[70:87] = False
+    results = []
+    for inputs in (clean, poisoned):
+        leaves = {name: inputs[name].requires_grad_() for name in TOKENS}
+        with blocks_of(block):
+            o, state = neural_memory(**inputs, chunk_size=chunk, output_final_state=True)
+            on, last = neural_memory(**inputs, chunk_size=chunk, initial_state=state)
+            read = retrieve(
+                inputs["q"], state, norm=inputs["norm"], cu_seqlens=inputs["cu_seqlens"]
+            )
+        others = state.index_select(torch.tensor([0, 2]))
+        values = {"o": o[:, mine], "on": on[:, mine], "read": read[:, mine]}
+        values |= flat({"state": others})
+        found = gradients(values, leaves)
+        results.append((values, {name: x[:, mine] for name, x in found.items()}))
+        assert last is None
+    assert_values(results[1][0], results[0][0], 0.0)
+    assert_gradients(results[1][1], results[0][1], 0.0)
+
+
+# ---------------------------------------------------------------------------- sizes of nothing
+
+
+def test_no_token_leaves_a_state_as_it_is():
+    inputs = make_inputs(2, 21, 2, 4, 6, 2)
+    _, state = neural_memory(**inputs, output_final_state=True)
+    o, same = neural_memory(**piece(inputs, 0, 0), initial_state=state, output_final_state=True)
+    assert o.shape == (2, 0, 2, 4) and torch.equal(same.length, state.length)
+    assert_values(flat({"s": same}), flat({"s": state}), 0.0)
+    want = gradients(flat({"s": state}), flat(inputs), retain_graph=True)
+    assert_gradients(gradients(flat({"s": same}), flat(inputs)), want, 1e-14)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batch of 0", "no packed sequence"])
+def test_no_sequence_at_all(packed):
+    B, T = (1, 0) if packed else (0, 37)
+    inputs, cu_seqlens = make_inputs(B, T, 2, 4, 6, 2), torch.tensor([0]) if packed else None
+    state = None
+    for _ in range(2):
+        o, state = neural_memory(
+            **inputs, cu_seqlens=cu_seqlens, initial_state=state, output_final_state=True
+        )
+        assert o.shape == (B, T, 2, 4) and state.length.shape == (0,)
+        assert state.weights[0].shape == (0, 2, 4, 6) and state.k.shape == (0, 16, 2, 4)
+    read = retrieve(inputs["q"], state, norm=inputs["norm"], cu_seqlens=cu_seqlens)
+    assert read.shape == (B, T, 2, 4)
+    for grad in gradients(flat({"o": o, "read": read, "state": state}), flat(inputs)).values():
+        assert not grad.any()
+
+
+# ------------------------------------------------------------------------------------ retrieve
+
+
+READS = {
+    "no tail": ((32, 16), 16),
+    "tails of their own": ((21, 47, 0), 16),
+    "one sequence": ((21,), 16),
+    "a tail over two blocks": ((69, 3), 70),
+    "chunks of one": ((5, 0), 1),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("past, chunk", READS.values(), ids=READS)
+def test_a_state_is_read_as_its_last_token_left_it(past, chunk, packed):
+    inputs = make_inputs(
+        1, sum(past), 2, 4, 6, 2, lengths=past, per_layer_gates=True, requires_grad=False
+    )
+    _, state = neural_memory(**inputs, chunk_size=chunk, output_final_state=True)
+    state = state.map(lambda x: x.requires_grad_() if x.is_floating_point() else x)
+    asked = make_inputs(1 if packed else len(past), 30, 2, 4, 6, 2, seed=1)
+    counts = [30, *[0] * (len(past) - 1)] if len(past) < 3 else [0, 13, 17]
+    options = {"norm": asked["norm"], "activation": "silu", "residual": False}
+    if packed:
+        options["cu_seqlens"] = torch.tensor([0, *counts]).cumsum(0)
+    leaves = flat({"q": asked["q"], "norm": asked["norm"], "state": state})
+    found = [read(asked["q"], state, **options) for read in (retrieve, reference.retrieve)]
+    assert_values({"o": found[0]}, {"o": found[1]})
+    actual, expected = (gradients({"o": o}, leaves) for o in found)
+    assert_gradients(actual, expected)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 13, 13, 30])])
+@pytest.mark.parametrize("depth, activation", [(1, "identity"), (2, "gelu"), (4, "relu")])
+def test_weights_are_read_as_they_are(depth, activation, cu_seqlens):
+    B = 2 if cu_seqlens is None else 1
+    x = make_inputs(B, 30, 2, 4, 6, depth)
+    options = {"norm": x["norm"], "activation": activation, "cu_seqlens": cu_seqlens}
+    found = [read(x["q"], x["weights"], **options) for read in (retrieve, reference.retrieve)]
+    leaves = flat({name: x[name] for name in ("q", "weights", "norm")})
+    assert_values({"o": found[0]}, {"o": found[1]})
+    assert_gradients(*(gradients({"o": o}, leaves) for o in found))
+
+
+# --------------------------------------------------------------------------- states as objects
+
+
+def _state():
+    inputs = make_inputs(3, 21, 2, 4, 6, 2, requires_grad=False)
+    return neural_memory(**inputs, output_final_state=True)[1]
+
+
+def test_a_state_is_a_pytree():
+    state = _state()
+    parts, spec = pytree.tree_flatten(state)
+    assert len(parts) == 2 * 2 + 6 and all(map(torch.is_tensor, parts))
+    doubled = pytree.tree_map(lambda x: 2 * x, state)
+    assert isinstance(doubled, MemoryState) and torch.equal(
+        doubled.momentum[1], 2 * state.momentum[1]
+    )
+    assert torch.equal(pytree.tree_unflatten(parts, spec).length, state.length)
+
+
+@pytest.mark.parametrize("how", ["saved and loaded", "copied"])
+def test_a_state_is(how):
+    state, file = _state(), io.BytesIO()
+    if how == "copied":
+        other = copy.deepcopy(state)
+    else:
+        torch.save(state, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=True)
+    assert isinstance(other, MemoryState) and torch.equal(other.length, state.length)
+    assert_values(flat({"s": other}), flat({"s": state}), 0.0)
+
+
+def test_rows_of_a_state_may_be_chosen():
+    inputs, state = make_inputs(3, 9, 2, 4, 6, 2, requires_grad=False), _state()
+    want, _ = neural_memory(**inputs, initial_state=state)
+    order = torch.tensor([2, 0, 2])
+    rows = inputs | {name: inputs[name][order] for name in TOKENS}
+    o, _ = neural_memory(**rows, initial_state=state.index_select(order))
+    assert_values({"o": o}, {"o": want[order]}, 1e-14)
+
+
+def test_what_lies_behind_an_open_chunk_has_no_effect():
+    """A state may lie in memory of the user's own, its padding never written."""
+    inputs, state = make_inputs(3, 9, 2, 4, 6, 2, requires_grad=False), _state()
+    options = {"norm": inputs["norm"]}
+    dirty = copy.deepcopy(state)
+    for x in (dirty.k, dirty.v, dirty.theta, dirty.alpha, dirty.eta):
+        x[:, 5:] = torch.nan
+    runs = [
+        neural_memory(**inputs, initial_state=s, output_final_state=True) for s in (state, dirty)
+    ]
+    assert_values(_values(runs[1]), _values(runs[0]), 0.0)
+    reads = [{"o": retrieve(inputs["q"], s, **options)} for s in (state, dirty)]
+    assert_values(reads[1], reads[0], 0.0)

@@ -1,0 +1,93 @@
+"""What the layers take, said as the operators say it: the argument, what it got, what it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from .state import LayerState
+
+
+def integer(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, takes an int of at least {least}")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, takes an int of at least {least}")
+
+
+def positive(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, takes a number above 0")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: got {value}, takes a number above 0")
+
+
+def head_size(dim: int, heads: int, dim_head: Any) -> int:
+    if dim_head is None:
+        if dim % heads:
+            raise ValueError(
+                f"heads: got {heads}, takes a divisor of dim = {dim}, or a dim_head beside it"
+            )
+        return dim // heads
+    integer("dim_head", dim_head, 1)
+    return dim_head
+
+
+def parameter_dtype(dtype: Any) -> None:
+    if dtype is not None and dtype not in checks.DTYPES:
+        takes = ", ".join(str(d).removeprefix("torch.") for d in checks.DTYPES)
+        raise TypeError(f"dtype: got {dtype}, takes None or one of {takes}")
+
+
+def tokens(x: Any, takes: str, rank: int, weight: Tensor) -> None:
+    """x of that rank, whose last dimension a projection of this weight takes."""
+    checks.floating("x", x)
+    dim = weight.shape[1]
+    if x.dim() != rank or x.shape[-1] != dim:
+        raise ValueError(f"x: got shape {list(x.shape)}, takes {takes} with dim = {dim}")
+    if x.device != weight.device:
+        raise ValueError(f"x: got device {x.device}, takes that of the layer, {weight.device}")
+    if x.dtype != weight.dtype:
+        double = torch.float64 in (x.dtype, weight.dtype)
+        if double or not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x: got dtype {x.dtype}, takes that of the layer, {weight.dtype}")
+
+
+def packing(x: Tensor, cu_seqlens: Any) -> None:
+    if cu_seqlens is not None and x.shape[0] != 1:
+        raise ValueError(f"x: got batch {x.shape[0]}, takes 1 together with cu_seqlens")
+    checks.cu_seqlens(cu_seqlens, x)
+
+
+def state(
+    value: Any,
+    q: Tensor,
+    sequences: int,
+    shapes: list[tuple[int, ...]],
+    gate_rank: int,
+    chunk_size: int,
+    history: int | None,
+) -> None:
+    """A state of that many sequences; `history` is how many inputs a convolution keeps."""
+    if not isinstance(value, LayerState):
+        raise TypeError(f"state: got {type(value).__name__}, takes a LayerState or None")
+    checks.state("state.memory", value.memory, q, shapes, sequences, gate_rank)
+    if value.memory.chunk_size != chunk_size:
+        raise ValueError(
+            f"state.memory: got chunks of {value.memory.chunk_size} tokens, "
+            f"takes chunk_size = {chunk_size}"
+        )
+    count = 0 if history is None else 3
+    if not isinstance(value.convolution, tuple) or len(value.convolution) != count:
+        got = len(value.convolution) if isinstance(value.convolution, tuple) else value.convolution
+        raise ValueError(f"state.convolution: got {got}, takes a tuple of {count} tensors")
+    for i, x in enumerate(value.convolution):
+        name = f"state.convolution[{i}]"
+        checks.floating(name, x, q)
+        takes = (sequences, history or 0, q.shape[2] * q.shape[3])
+        checks.shape(name, x, takes, "[N, conv_size - 1, heads * dim_head]")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: got dtype {x.dtype}, takes that of q, {q.dtype}")
