@@ -1,12 +1,13 @@
-"""The layer against a plain composition that shares nothing with it, and what a model asks of it."""
+"""The layer against a plain composition that shares nothing with it, and what models ask of it."""
 
 import copy
-import dataclasses
 import doctest
 import importlib
 import io
 import itertools
-import resource
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -60,10 +61,12 @@ def _cotangent(tensors):
 
 
 def _gradients(layer, outputs, *others):
-    """Gradients of the parameters, by name, and of other leaves."""
+    """Gradients of the parameters and of other leaves, by name."""
     named = dict(layer.named_parameters()) | {f"input {i}": x for i, x in enumerate(others)}
     outputs = [x for x in outputs if x.is_floating_point()]
-    return dict(zip(named, torch.autograd.grad(_cotangent(outputs), named.values()), strict=True))
+    # A memory that goes on from a state does not read M_0: no gradient, that is, zeros.
+    found = torch.autograd.grad(_cotangent(outputs), named.values(), materialize_grads=True)
+    return dict(zip(named, found, strict=True))
 
 
 def _same_gradients(actual, expected, tolerance):
@@ -171,9 +174,17 @@ def test_bfloat16_loses_what_its_roundings_lose(autocast):
 
     exact = _plain(layer, x[0].double())[None]
     yardstick = _plain(layer, x[0].double(), rounded=lambda x: x.bfloat16().double())[None]
-    found = {"out": (out.double(), yardstick, exact)}
-    grads = [_gradients(layer, [y.double()]) for y in (out, yardstick, exact)]
-    found |= {f"d {name}": tuple(g[name].double() for g in grads) for name in grads[0]}
+    outputs = [out.double(), yardstick, exact]
+    grads = [_gradients(layer, [y]) for y in outputs]
+    scale = grads[-1]
+    # Each gradient by its size, and all together: four numbers of a bias alone are luck.
+    found = {
+        "out": outputs,
+        "gradients": [
+            torch.cat([(g[name].double() / scale[name].norm()).flatten() for name in scale])
+            for g in grads
+        ],
+    }
     for name, (actual, yardstick, exact) in found.items():
         for measure, factor in ((torch.linalg.vector_norm, 1.25), (lambda x: x.abs().max(), 2.0)):
             error, bound = measure(actual - exact), factor * measure(yardstick - exact)
@@ -206,7 +217,8 @@ def test_token_by_token_is_forward():
         out, state = layer.step(x_t, state)
         outputs.append(out)
 
-    actual, expected = [torch.stack(outputs, 1), *tree_leaves(state)], [expected, *tree_leaves(final)]
+    actual = [torch.stack(outputs, 1), *tree_leaves(state)]
+    expected = [expected, *tree_leaves(final)]
     _all_close("out, state", actual, expected, 1e-11)
     _same_gradients(_gradients(layer, actual, x), _gradients(layer, expected, x), 1e-11)
 
@@ -265,25 +277,37 @@ def test_nothing_is_a_sequence_too():
     assert all(map(torch.equal, tree_leaves(state), tree_leaves(same)))
 
 
-def _bytes(state):
-    return sum(x.untyped_storage().nbytes() for x in tree_leaves(state))
+STREAM = """
+import resource, sys
+import torch
+from torch.utils._pytree import tree_leaves
+from titans_kernels import NeuralMemory
+
+torch.manual_seed(0)
+layer, state, peaks, sizes = NeuralMemory(32, heads=1), None, [], []
+with torch.no_grad():
+    for _ in range(50):
+        out, state = layer(torch.randn(1, 4_000, 32), state)
+        assert out.isfinite().all()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peaks.append(peak if sys.platform == "darwin" else peak * 1024)
+        storages = {x.untyped_storage() for x in tree_leaves(state)}
+        sizes.append(sum(len(x) for x in {x.data_ptr(): x for x in storages}.values()))
+print(peaks[-1] - peaks[4], sizes[0], max(sizes))
+"""
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="peak memory is read from `resource`")
 def test_200_000_tokens_in_constant_memory():
-    layer = NeuralMemory(32, heads=1)
-    segment, segments = 4_000, 50
-    state, peaks, sizes = None, [], []
-    with torch.no_grad():
-        for i in range(segments):
-            out, state = layer(_randn(1, segment, 32, seed=i, dtype=torch.float32), state)
-            assert out.isfinite().all()
-            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # KiB
-            sizes.append(_bytes(state))
-    assert set(sizes) == {sizes[0]} and sizes[0] < 2**18
-    grown = (peaks[-1] - peaks[4]) * 1024
-    # All outputs together would be 25 MB.
+    # A process of its own: what ran before in this one would hide a peak.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", STREAM]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    grown, first, largest = map(int, run.stdout.split())
+    # All outputs together would be 25 MB; the state's weights and momentum are 64 KiB.
     assert grown < 2**22, f"peak memory grew by {grown / 2**20:.1f} MB"
+    assert largest == first < 2**17
 
 
 # Stability.
@@ -333,12 +357,14 @@ def test_4096_random_tokens_are_stable(case, monkeypatch):
 
         losses = spy.losses()
         first, last = losses[:512].mean(), losses[-512:].mean()
+        # Three unit vectors at first, key, LayerNorm and value: a loss of about 3.
+        assert losses[:64].mean() < 4
         assert last < first, f"the inner loss grew from {first:.3f} to {last:.3f}"
 
         if dtype == torch.bfloat16:  # it cannot hold the perturbation: its own rounding is one
             exact, _ = copy.deepcopy(layer).double()(x.double())
             errors = _windows(out - exact) / _windows(exact)
-            assert errors.max() < 10 * 2**-8 and errors[-1] < 2 * errors[0], errors.tolist()
+            assert errors.max() < 3 * 2**-8 and errors[-1] < 1.5 * errors[0], errors.tolist()
             return
         perturbed, _ = layer(x + 1e-6 * _randn(*x.shape, seed=2).to(dtype))
         growth = _windows(perturbed - out) / _windows(out) / 1e-6
@@ -348,18 +374,28 @@ def test_4096_random_tokens_are_stable(case, monkeypatch):
 # A module among others.
 
 
-def test_parameter_count_is_the_formula():
-    for depth, conv_size, norm, per_layer in [(1, 4, True, False), (2, 3, False, True), (4, 0, True, True)]:
-        dim, H, D, e = 24, 3, 5, 2
-        layer = NeuralMemory(
-            dim, heads=H, dim_head=D, depth=depth, expansion=e,
-            conv_size=conv_size, norm=norm, per_layer_gates=per_layer,
-        )
-        inner, hidden, gates = H * D, e * D, H * (depth if per_layer else 1)
-        M = D**2 if depth == 1 else 2 * D * hidden + (depth - 2) * hidden**2
-        expected = 5 * dim * inner + 3 * inner * conv_size + 3 * gates * (dim + 1) + H * M
-        expected += (3 if norm else 1) * inner
-        assert sum(p.numel() for p in layer.parameters()) == expected
+@pytest.mark.parametrize(
+    "depth, conv_size, norm, per_layer_gates",
+    [(1, 4, True, False), (2, 3, False, True), (4, 0, True, True)],
+)
+def test_parameter_count_is_the_formula(depth, conv_size, norm, per_layer_gates):
+    dim, heads, dim_head, expansion = 24, 3, 5, 2
+    layer = NeuralMemory(
+        dim,
+        heads=heads,
+        dim_head=dim_head,
+        depth=depth,
+        expansion=expansion,
+        conv_size=conv_size,
+        norm=norm,
+        per_layer_gates=per_layer_gates,
+    )
+    inner, hidden = heads * dim_head, expansion * dim_head
+    gates = heads * (depth if per_layer_gates else 1)
+    M = dim_head**2 if depth == 1 else 2 * dim_head * hidden + (depth - 2) * hidden**2
+    expected = 5 * dim * inner + 3 * inner * conv_size + 3 * gates * (dim + 1) + heads * M
+    expected += (3 if norm else 1) * inner
+    assert sum(p.numel() for p in layer.parameters()) == expected
 
 
 def test_state_dict_and_copies_hold_everything():
@@ -432,97 +468,3 @@ def test_repr_names_the_sizes():
     text = repr(NeuralMemory(16, heads=2))
     assert "16, heads=2, dim_head=8, depth=2, expansion=4, chunk_size=16" in text
     assert "32, size=4" in repr(NeuralMemory(16, heads=2, dim_head=16))
-
-
-# What does not fit.
-
-
-OPTIONS = [
-    ({"dim": 0}, ValueError, "dim: got 0, takes an int of at least 1"),
-    ({"dim": 8.0}, TypeError, "dim: got 8.0, takes an int"),
-    ({"heads": 0}, ValueError, "heads: got 0, takes an int of at least 1"),
-    ({"heads": True}, TypeError, "heads: got True, takes an int"),
-    ({"heads": 3}, ValueError, "heads: got 3, takes a divisor of dim = 8, or a dim_head beside it"),
-    ({"dim_head": 0}, ValueError, "dim_head: got 0, takes an int of at least 1"),
-    ({"dim_head": "4"}, TypeError, "dim_head: got '4', takes an int"),
-    ({"depth": 0}, ValueError, "depth: got 0, takes an int of at least 1"),
-    ({"expansion": 0}, ValueError, "expansion: got 0, takes an int of at least 1"),
-    ({"expansion": 2.5}, TypeError, "expansion: got 2.5, takes an int"),
-    ({"chunk_size": 0}, ValueError, "chunk_size: got 0, takes an int of at least 1"),
-    ({"chunk_size": -16}, ValueError, "chunk_size: got -16, takes an int of at least 1"),
-    ({"activation": "tanh"}, ValueError, "activation: got 'tanh', takes one of 'gelu_tanh'"),
-    ({"residual": 1}, TypeError, "residual: got 1, takes True or False"),
-    ({"norm": None}, TypeError, "norm: got None, takes True or False"),
-    ({"per_layer_gates": "yes"}, TypeError, "per_layer_gates: got 'yes', takes True or False"),
-    ({"conv_size": -1}, ValueError, "conv_size: got -1, takes an int of at least 0"),
-    ({"conv_size": 4.0}, TypeError, "conv_size: got 4.0, takes an int"),
-    ({"max_learning_rate": 0.0}, ValueError, "max_learning_rate: got 0.0, takes a number above 0"),
-    ({"max_learning_rate": "1"}, TypeError, "max_learning_rate: got '1', takes a number above 0"),
-    ({"backend": "cuda"}, ValueError, "backend: got 'cuda', takes one of 'auto'"),
-    ({"dtype": torch.int32}, TypeError, "dtype: got torch.int32, takes None or one of float64"),
-    ({"dim_heads": 4}, TypeError, "dim_heads"),
-]
-
-
-@pytest.mark.parametrize("options, error, message", OPTIONS, ids=[m for *_, m in OPTIONS])
-def test_options_that_do_not_fit(options, error, message):
-    with pytest.raises(error) as caught:
-        NeuralMemory(**({"dim": 8, "heads": 2} | options))
-    assert message in str(caught.value)
-
-
-X = torch.zeros(2, 5, 10, dtype=torch.float64)
-INPUTS = [
-    (lambda _: ([1.0],), TypeError, "x: got list, takes a torch.Tensor"),
-    (lambda _: (X.long(),), TypeError, "x: got dtype torch.int64, takes one of float64"),
-    (lambda _: (X[0],), ValueError, "x: got shape [5, 10], takes [B, T, dim] with dim = 10"),
-    (lambda _: (X[..., :9],), ValueError, "x: got shape [2, 5, 9], takes [B, T, dim]"),
-    (lambda _: (X.float(),), TypeError, "x: got dtype torch.float32, takes that of the layer"),
-    (lambda _: (X.to("meta"),), ValueError, "x: got device meta, takes that of the layer, cpu"),
-    (lambda _: (X, None, torch.tensor([0, 5])), ValueError, "x: got batch 2, takes 1 together"),
-    (lambda _: (X[:1], None, [0, 5]), TypeError, "cu_seqlens: got list"),
-    (lambda _: (X[:1], None, torch.tensor([0.0, 5.0])), TypeError, "cu_seqlens: got dtype"),
-    (lambda _: (X[:1], None, torch.tensor([[0, 5]])), ValueError, "cu_seqlens: got shape [1, 2]"),
-    (lambda _: (X[:1], None, torch.tensor([0, 4])), ValueError, "cu_seqlens: got 0 first and 4"),
-    (lambda _: (X[:1], None, torch.tensor([0, 3, 2, 5])), ValueError, "values that never fall"),
-    (lambda s: (X, s.memory), TypeError, "state: got MemoryState, takes a LayerState or None"),
-    (lambda s: (X[:1], s), ValueError, "state.memory.weights[0]: got shape [2, 2, 4, 8], takes"),
-    (lambda s: (X, _without(s, 1)), ValueError, "state.convolution: got 2, takes a tuple of 3"),
-    (lambda s: (X, _with(s, lambda x: x[:, 1:])), ValueError, "state.convolution[0]: got shape"),
-    (lambda s: (X, _with(s, torch.Tensor.float)), TypeError, "state.convolution[0]: got dtype"),
-    (lambda s: (X, _with(s, lambda x: None)), TypeError, "state.convolution[0]: got NoneType"),
-    (lambda s: (X, _of(chunk_size=8)), ValueError, "state.memory: got chunks of 8 tokens, takes"),
-    (lambda s: (X, _of(depth=3)), ValueError, "state.memory.weights: got 3 layers, takes 2"),
-    (lambda s: (X, _of(heads=3)), ValueError, "state.memory.weights[0]: got shape [2, 3, 4, 8]"),
-    (lambda s: (X, _of(per_layer_gates=True)), ValueError, "state.memory.theta: got shape"),
-    (lambda s: (X, _of(conv_size=0)), ValueError, "state.convolution: got 0, takes a tuple of 3"),
-]  # fmt: skip
-
-
-def _without(state, count):
-    return dataclasses.replace(state, convolution=state.convolution[count:])
-
-
-def _with(state, function):
-    return dataclasses.replace(state, convolution=tuple(map(function, state.convolution)))
-
-
-def _of(**options):
-    return _layer(**options)(X)[1]
-
-
-@pytest.mark.parametrize("arguments, error, message", INPUTS, ids=[m for *_, m in INPUTS])
-def test_inputs_that_do_not_fit(arguments, error, message):
-    layer = _layer()
-    _, state = layer(X)
-    with pytest.raises(error) as caught:
-        layer(*arguments(state))
-    assert message in str(caught.value)
-
-
-def test_a_step_takes_one_token():
-    layer = _layer()
-    with pytest.raises(ValueError, match=r"x: got shape \[2, 5, 10\], takes \[B, dim\]"):
-        layer.step(X)
-    with pytest.raises(TypeError, match="state: got int, takes a LayerState or None"):
-        layer.step(X[:, 0], 3)

@@ -25,18 +25,20 @@ from titans_kernels import MemoryState, neural_memory, retrieve
 LENGTHS = (17, 0, 1, 32, 20)  # of packed sequences: ragged, none, one token, whole chunks
 
 
-def _streamed(inputs, cuts, **options):
+def _streamed(inputs, cuts, initial_state=None, chunk_size=16):
     """Output and final state of the pieces that the cuts make, as of one operator."""
-    T = inputs["q"].shape[1]
-    outputs, state = [], options.pop("initial_state", None)
-    options.pop("output_final_state", None)
-    for start, stop in pairwise((0, *cuts, T)):
-        o, state = neural_memory(
-            **piece(inputs, start, stop), **options, initial_state=state, output_final_state=True
-        )
+    outputs, state = [], initial_state
+    for start, stop in pairwise((0, *cuts, inputs["q"].shape[1])):
+        part = piece(inputs, start, stop) | {"chunk_size": chunk_size, "initial_state": state}
+        o, state = neural_memory(**part | {"output_final_state": True})
         assert o.shape[1] == stop - start
         outputs.append(o)
     return torch.cat(outputs, 1), state
+
+
+def _in_pieces(cuts, chunk_size):
+    """The operator that runs them so."""
+    return lambda output_final_state, **x: _streamed(x, cuts, chunk_size=chunk_size)
 
 
 def _values(result):
@@ -89,7 +91,7 @@ CUTS = {
 def test_gradients_flow_through_cuts(whole, chunk, cuts, block):
     inputs, want = whole[0], whole[1][chunk]
     with blocks_of(block):
-        got = measure(lambda **x: _streamed(x, cuts, chunk_size=chunk), inputs)
+        got = measure(_in_pieces(cuts, chunk), inputs)
     assert_values(got.values, want.values)
     assert_gradients(got.gradients, want.gradients)
 
@@ -98,7 +100,7 @@ def test_gradients_flow_through_cuts(whole, chunk, cuts, block):
 def test_a_chunk_over_several_blocks_may_be_cut(cut):
     inputs = make_inputs(1, 150, 1, 4, 6, 2, per_layer_gates=True)
     want = measure(neural_memory, inputs, chunk_size=70)
-    got = measure(lambda **x: _streamed(x, (cut,), chunk_size=70), inputs)
+    got = measure(_in_pieces((cut,), 70), inputs)
     assert_values(got.values, want.values)
     assert_gradients(got.gradients, want.gradients)
 
@@ -177,7 +179,7 @@ def test_packed_sequences_are_separate_ones(dtype, block):
 
 
 def test_decoding_goes_on_from_a_packed_prefill():
-    """A batch of rows, each at its own phase of its chunk, token by token; then rows in new order."""
+    """A batch of rows, each at its own phase of its chunk, token by token."""
     inputs = make_inputs(1, sum(LENGTHS), 2, 4, 6, 2, lengths=LENGTHS)
     more = make_inputs(len(LENGTHS), 40, 2, 4, 6, 2, seed=1)
     shared = {"weights": inputs["weights"], "norm": inputs["norm"]}

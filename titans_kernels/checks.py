@@ -95,9 +95,10 @@ def norm(value: Any, q: Tensor) -> None:
     if value is None:
         return
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise TypeError(
-            f"norm: got {type(value).__name__}, takes None or a pair (weight, bias), [H, D] each"
-        )
+        got = type(value).__name__
+        if isinstance(value, tuple | list):
+            got += f" of {len(value)}"
+        raise TypeError(f"norm: got {got}, takes None or a pair (weight, bias), [H, D] each")
     for part, x in zip(("weight", "bias"), value, strict=True):
         floating(f"norm {part}", x, q)
         shape(f"norm {part}", x, tuple(q.shape[2:]), "[H, D]")
@@ -127,6 +128,10 @@ def cu_seqlens(value: Any, q: Tensor) -> None:
     tensor("cu_seqlens", value)
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: got dtype {value.dtype}, takes int32 or int64")
+    if value.device.type != "cpu" and value.device != q.device:
+        raise ValueError(
+            f"cu_seqlens: got device {value.device}, takes the CPU or that of q, {q.device}"
+        )
     if value.dim() != 1 or len(value) < 1:
         raise ValueError(f"cu_seqlens: got shape {_shape(value)}, takes [N + 1]")
     if q.shape[0] != 1:
@@ -146,35 +151,60 @@ def state(
     name: str,
     value: Any,
     q: Tensor,
-    layer_shapes: list[tuple[int, ...]],
+    layer_shapes: list[tuple[int, ...]] | None,
     sequences: int,
     gate_rank: int | None,
 ) -> None:
-    """A state of that many sequences with these layers. No gate_rank: either kind of gates."""
+    """A state of that many sequences. No layer_shapes: any from D to D; no gate_rank: either."""
     if not isinstance(value, MemoryState):
         raise TypeError(f"{name}: got {type(value).__name__}, takes a MemoryState")
     for part in ("weights", "momentum"):
         matrices = getattr(value, part)
+        if not isinstance(matrices, tuple | list):
+            raise TypeError(
+                f"{name}.{part}: got {type(matrices).__name__}, "
+                "takes a tuple of [N, H, d_in, d_out] tensors"
+            )
+        for i, x in enumerate(matrices):
+            floating(f"{name}.{part}[{i}]", x, q)
+        if layer_shapes is None:
+            widths = [q.shape[3], *(x.shape[-1] if x.dim() else 1 for x in matrices[:-1])]
+            layer_shapes = list(pairwise([*widths, q.shape[3]]))
         if len(matrices) != len(layer_shapes):
             raise ValueError(
                 f"{name}.{part}: got {len(matrices)} layers, takes {len(layer_shapes)}"
             )
         for i, (x, (d_in, d_out)) in enumerate(zip(matrices, layer_shapes, strict=True)):
-            floating(f"{name}.{part}[{i}]", x, q)
             takes = (sequences, q.shape[2], d_in, d_out)
             shape(f"{name}.{part}[{i}]", x, takes, "[N, H, d_in, d_out]")
-    C = value.k.shape[1] if value.k.dim() > 1 else 0
+
+    for part in ("k", "v", "theta", "alpha", "eta"):
+        floating(f"{name}.{part}", getattr(value, part), q)
+    C = max(1, value.k.shape[1]) if value.k.dim() > 1 else 1
     for part in ("k", "v"):
         x = getattr(value, part)
-        floating(f"{name}.{part}", x, q)
         shape(f"{name}.{part}", x, (sequences, C, *q.shape[2:]), "[N, chunk_size, H, D]")
         if x.dtype != q.dtype:
             raise TypeError(f"{name}.{part}: got dtype {x.dtype}, takes that of q, {q.dtype}")
     rank = value.theta.dim() if gate_rank is None else gate_rank
-    gate_shape = (sequences, C, q.shape[2], len(layer_shapes))[:rank]
+    gate_shape = (sequences, C, q.shape[2], len(value.weights))[: max(3, rank)]
     for part in ("theta", "alpha", "eta"):
         x = getattr(value, part)
-        floating(f"{name}.{part}", x, q)
         shape(f"{name}.{part}", x, gate_shape, "[N, chunk_size, H] or [N, chunk_size, H, L]")
-    tensor(f"{name}.length", value.length)
-    shape(f"{name}.length", value.length, (sequences,), "[N]")
+    _tail_lengths(f"{name}.length", value.length, q, sequences, C)
+
+
+def _tail_lengths(name: str, value: Any, q: Tensor, sequences: int, chunk_size: int) -> None:
+    """Tokens in the open chunks. Values are looked at only on a CPU, as those of cu_seqlens."""
+    tensor(name, value)
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: got dtype {value.dtype}, takes int32 or int64")
+    if value.device != q.device:
+        raise ValueError(f"{name}: got device {value.device}, takes that of q, {q.device}")
+    shape(name, value, (sequences,), "[N]")
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        lengths = value.tolist()
+        if not all(0 <= n < chunk_size for n in lengths):
+            raise ValueError(
+                f"{name}: got {lengths}, takes values from 0 to chunk_size - 1 = {chunk_size - 1}"
+            )

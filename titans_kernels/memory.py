@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from . import checks, chunked
+from .chunked import Options
 from .state import MemoryState
 
 
@@ -105,15 +111,22 @@ def neural_memory(
                 f"initial_state: got chunks of {initial_state.chunk_size} tokens, "
                 f"takes chunk_size = {chunk_size}"
             )
-    _choose(backend)
-    return chunked.neural_memory(
+    weights = tuple(weights)
+    tensors = pytree.tree_leaves((q, k, v, theta, alpha, eta, weights, norm, initial_state))
+    differentiates = torch.is_grad_enabled() and any(
+        x.requires_grad for x in tensors if x is not None
+    )
+    run = chunked.neural_memory
+    if _choose(backend, q, weights, True, differentiates) == "triton":
+        from .kernels import neural_memory as run  # triton is imported only where it runs
+    return run(
         q,
         k,
         v,
         (theta, alpha, eta),
-        tuple(weights),
+        weights,
         norm,
-        chunked.Options(activation, residual),
+        Options(activation, residual),
         chunk_size,
         initial_state,
         output_final_state,
@@ -162,19 +175,48 @@ def retrieve(
     checks.boolean("residual", residual)
     checks.cu_seqlens(cu_seqlens, q)
     if isinstance(weights_or_state, MemoryState):
-        shapes = [tuple(w.shape[2:]) for w in weights_or_state.weights]
         sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        checks.state("weights_or_state", weights_or_state, q, shapes, sequences, None)
+        checks.state("weights_or_state", weights_or_state, q, None, sequences, None)
     else:
         checks.weights("weights_or_state", weights_or_state, q.shape[2], q.shape[3], q)
         weights_or_state = tuple(weights_or_state)
-    _choose(backend)
-    options = chunked.Options(activation, residual)
-    return chunked.retrieve(q, weights_or_state, norm, options, cu_seqlens)
+    _choose(backend, q, (), False, False)
+    return chunked.retrieve(q, weights_or_state, norm, Options(activation, residual), cu_seqlens)
 
 
-def _choose(backend: str) -> None:
-    """Only the PyTorch backend exists so far; one that is named never falls back to another."""
+def _refusal(q: Tensor, weights: tuple[Tensor, ...], learns: bool) -> str | None:
+    """Why the Triton kernels do not cover a case; None if they do."""
+    D, widths = q.shape[3], [w.shape[-1] for w in weights[:-1]]
+    if not learns:
+        return "neural_memory, not retrieve"
+    if importlib.util.find_spec("triton") is None:
+        return "an installed triton"
+    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"a GPU (or TRITON_INTERPRET=1), got {q.device}"
+    if q.dtype == torch.float64 and q.device.type == "cuda":
+        return "float32, bfloat16 or float16 on a GPU, got float64"
+    if len(weights) > 2:
+        return f"memories of 1 or 2 layers, got {len(weights)}"
+    if D % 16 or D > 256:
+        return f"head dimensions that are multiples of 16 up to 256, got {D}"
+    if any(width % 16 or width > 1024 for width in widths):
+        return f"hidden widths that are multiples of 16 up to 1024, got {widths[0]}"
+    return None
+
+
+def _choose(
+    backend: str, q: Tensor, weights: tuple[Tensor, ...], learns: bool, differentiates: bool
+) -> str:
+    """The backend that runs. One that is named never falls back to another.
+
+    "auto" takes torch: the kernels, which have no backward yet, are there by name only.
+    """
     checks.choice("backend", backend, checks.BACKENDS)
-    if backend == "triton":
-        raise NotImplementedError("backend: got 'triton', which has no kernels yet; takes 'torch'")
+    if backend != "triton":
+        return "torch"
+    takes = _refusal(q, weights, learns)
+    if takes is None and differentiates:
+        takes = "inputs without gradients (use torch.no_grad() or backend='torch')"
+    if takes is not None:
+        raise NotImplementedError(f"backend: got 'triton', which takes {takes}")
+    return backend

@@ -67,3 +67,16 @@ def _differentiable_backward(
         )
     )
     return [next(found) if need else None for need in ctx.needs_input_grad[2:]]
+
+
+class InPlaceOf(torch.autograd.Function):
+    """A state where weights would have been: their gradient is zero, not missing."""
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(weights)
+        return state.view_as(state)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, torch.zeros_like(ctx.saved_tensors[0])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..state import MemoryState
-from .autograd import ChunkedMemory
+from .autograd import ChunkedMemory, InPlaceOf
 from .layout import BlockSize, Layout, block_size
 from .network import Network, output
 from .scan import Options
@@ -86,8 +86,11 @@ def neural_memory(
         _joined(eta, old.eta if old else None),
         *(norm or (None, None)),
     )
-    first = weights if old is None else old.weights
-    momentum = [torch.zeros_like(w) for w in first] if old is None else old.momentum
+    if old is None:
+        first, momentum = weights, tuple(torch.zeros_like(w) for w in weights)
+    else:
+        pairs = zip(old.weights, weights, strict=True)
+        first, momentum = tuple(InPlaceOf.apply(*pair) for pair in pairs), old.momentum
     state = []
     for W, S in zip(first, momentum, strict=True):
         WS = torch.stack([W.to(dtype), S.to(dtype)], -3)
@@ -96,7 +99,10 @@ def neural_memory(
         state.append(WS.reshape(N * H, *WS.shape[-3:]))
 
     with torch.autocast(q.device.type, enabled=False):
-        o, *final = ChunkedMemory.apply(layout, options, *inputs, *state)
+        tensors = (*inputs, *state)
+        if not torch.is_grad_enabled():  # nothing is kept then, not even for what has gradients
+            tensors = tuple(None if x is None else x.detach() for x in tensors)
+        o, *final = ChunkedMemory.apply(layout, options, *tensors)
     o = o.view(q.shape)
     if not output_final_state:
         return o, None
@@ -112,10 +118,10 @@ def neural_memory(
         out = out.masked_fill(~valid[:, :, None, None], 0.0)
         return restore(out.view(N, chunk_size, *shape))
 
-    pairs = [restore(x.view(N, H, *x.shape[1:])).unbind(2) for x in final]
+    states = [restore(x.view(N, H, *x.shape[1:])).unbind(2) for x in final]
     return o, MemoryState(
-        tuple(W.contiguous() for W, _ in pairs),
-        tuple(S.contiguous() for _, S in pairs),
+        tuple(W.contiguous() for W, _ in states),
+        tuple(S.contiguous() for _, S in states),
         tail(inputs.k, k.shape[2:]),
         tail(inputs.v, v.shape[2:]),
         tail(inputs.theta, theta.shape[2:]),
@@ -137,6 +143,7 @@ def retrieve(
         state = _after_tail(weights_or_state, norm, options)
     else:  # all tokens read the same weights, so they are one sequence
         state = tuple(w.unsqueeze(0) for w in weights_or_state)
+        cu_seqlens = None
     shared = q.reshape(1, -1, *q.shape[2:]) if len(state[0]) == 1 else q
     layout, order = _layout(shared, cu_seqlens, None, 64, block_size(64, q.device))
     if order is not None:

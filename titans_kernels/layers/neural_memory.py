@@ -56,9 +56,9 @@ class NeuralMemory(nn.Module):
         backend (str): "auto", "torch" or "triton"; one that is named never falls back.
         device, dtype: of the parameters.
 
-    Initialisation. The inner loop is a training run of its own, and easily a chaotic one: what
-    decides is alpha times chunk_size, for the LayerNorm makes a memory all but blind to the length of its
-    weights and leaves forgetting to set how far they turn in a chunk. So alpha starts at
+    Initialisation. The inner loop is a training run of its own, and easily a chaotic one. What
+    decides is alpha times chunk_size: the LayerNorm makes a memory all but blind to the length of
+    its weights, which leaves it to forgetting how far they turn in a chunk. So alpha starts at
     sigmoid(-8) = 0.0003, a memory of 3,000 tokens. Values have unit length as keys do, and so has
     the LayerNorm (weight dim_head^-1/2): the loss starts the same whatever the scale of x. The
     first of several layers is N(0, 1), so that keys of unit length reach its activation with unit
@@ -76,7 +76,9 @@ class NeuralMemory(nn.Module):
         LayerNorm weight 1              1.8   57   -> 51       1.7   60   -> 51
 
     Depth 1 to 4, heads of 16 to 128, expansion 1 to 8, x of a tenth and of ten times the size and
-    the smooth activations stay below 2.5, "relu" below 7.5; 65,536 tokens end at 1.9 and 0.95.
+    the smooth activations stay below 2.5; "relu", whose derivative jumps, reached 26 in one seed of
+    three. float32 is no different, and 65,536 tokens end at 1.9 and 0.95. bfloat16 is off by 0.5%
+    from the first tokens to the last.
 
     Example:
         >>> import torch

@@ -1,0 +1,171 @@
+"""The benchmarks run through, record what they promise, and never time a wrong operator."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import __main__ as command
+from benchmarks import report
+from benchmarks.breakdown import DISPATCH, PRODUCTS, PYTHON, group_of
+from benchmarks.cases import CASES, OURS, TINY
+from benchmarks.harness import FIELDS, QUICK, measure, runner
+from benchmarks.memory import peak_growth
+from benchmarks.providers import Task, our_operator
+from benchmarks.shapes import BOTH, FORWARD, Shape, layer_flop
+
+ROOT = Path(__file__).parents[1]
+BY_NAME = {case.name: case for case in CASES}
+EFFORT = replace(QUICK, memory=False)
+MIB = 2**20
+
+
+def test_a_quick_run_records_everything(tmp_path):
+    options = ["--quick", "--profile", "--out", str(tmp_path)]
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *options], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+    [recorded] = tmp_path.glob("*-quick.json")
+    record = json.loads(recorded.read_text())
+    rows, machine = record["rows"], record["machine"]
+    expected = [(c.name, m, p) for c in CASES for m in c.modes for p in c.providers]
+    assert [(row["case"], row["mode"], row["provider"]) for row in rows] == expected
+    for row in rows:
+        assert tuple(row) == FIELDS
+        if row["problem"] is not None:
+            assert row["provider"].startswith("titans-pytorch") and "No module" in row["problem"]
+            continue
+        assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"]
+        assert row["calls"] > 0 and row["tokens_per_s"] > 0 and row["time_ratio"] > 0
+        assert row["peak_bytes"] >= 0
+        if row["provider"] == OURS:
+            assert row["time_ratio"] == 1 and 0 <= row["error"] < 1e-4
+            assert row["case"] == "decode" or (row["flop"] > 0 and row["of_ceiling"] > 0)
+    assert machine["matmul_flops"] > 0 and machine["threads"] == 1
+    assert all(machine[name] for name in ("device", "torch", "python", "commit", "date"))
+    for part in record["breakdowns"]:
+        assert sum(share["share"] for share in part["shares"]) == pytest.approx(1)
+        assert {PRODUCTS, PYTHON} <= {share["group"] for share in part["shares"]}
+
+    text = recorded.with_suffix(".md").read_text()
+    for case in CASES:
+        assert f"## {case.name}" in text and case.about in text
+        assert all(f"| {provider} |" in text for provider in case.providers)
+    assert machine["commit"] in text and machine["date"] in text and record["command"] in text
+
+
+def slightly_wrong(inputs, shape):
+    task = our_operator(inputs, shape)
+    return Task(lambda: task.call() * 1.001, task.leaves)
+
+
+def wrong_gradient(inputs, shape):
+    task = our_operator(inputs, shape)
+
+    def call():
+        o = task.call()
+        return o + 0.001 * (o - o.detach())
+
+    return Task(call, task.leaves)
+
+
+def wrong_when_long(inputs, shape):
+    task = our_operator(inputs, shape)
+    long = inputs["q"].shape[1] > shape.checked
+    return Task(lambda: task.call() + (0.001 if long else 0), task.leaves)
+
+
+def not_a_number(inputs, shape):
+    task = our_operator(inputs, shape)
+    return Task(lambda: task.call() * float("nan"), task.leaves)
+
+
+def with_ours(build):
+    """The operator's case with another operator in place of ours."""
+    case = BY_NAME["operator"]
+    return replace(case, providers={**case.providers, OURS: build})
+
+
+@pytest.mark.parametrize("fault", [slightly_wrong, wrong_gradient, wrong_when_long, not_a_number])
+def test_a_wrong_operator_is_not_timed(fault):
+    [row] = measure(with_ours(fault), TINY, BOTH, 1e9, EFFORT)
+    assert row.provider == OURS and "wrong" in row.problem
+    assert row.median_s is None and row.time_ratio is None and row.calls is None
+    assert "not timed" in report.line(row)
+
+
+def test_a_wrong_operator_is_an_exit_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "CASES", (with_ours(slightly_wrong),))
+    assert command.main(["--quick", "--no-memory", "--json", "--out", str(tmp_path)]) == 1
+    record = json.loads(capsys.readouterr().out)
+    assert [row["median_s"] for row in record["rows"]] == [None, None]
+
+
+def test_a_missing_peer_is_reported():
+    def absent(inputs, shape):
+        raise ModuleNotFoundError("No module named 'peer'", name="peer")
+
+    case = BY_NAME["operator"]
+    case = replace(case, providers={OURS: our_operator, "peer": absent})
+    ours, peer = measure(case, TINY, FORWARD, 1e9, EFFORT)
+    assert ours.problem is None and ours.median_s > 0
+    assert "No module named 'peer'" in peer.problem and peer.median_s is None
+
+
+def batched_product(out, a, b, *_, out_shape=None, **__):
+    return 2 * a[0] * a[1] * a[2] * b[2]
+
+
+@pytest.mark.parametrize("mode", [FORWARD, BOTH])
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_formula_counts_the_products_that_are_done(chunk, mode):
+    """All but those of the gates' coefficients, less than a twentieth."""
+    case, shape = BY_NAME["layer"], Shape(T=256, chunk=chunk, H=2)
+    task = case.providers[OURS](case.inputs(shape, shape.T, torch.float32), shape)
+    in_place = {torch.ops.aten.baddbmm_: batched_product}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        if mode == BOTH:
+            task.call().sum().backward()
+        else:
+            runner(task, mode)()
+    formula = layer_flop(shape, mode)
+    assert formula <= counter.get_total_flops() <= 1.05 * formula
+
+
+def allocates(inputs, shape):
+    """64 MiB of ones at once, whatever is asked, on top of as much given back before."""
+
+    def call():
+        torch.ones(16 * MIB).add_(1)
+        return torch.ones(16 * MIB).sum()
+
+    return Task(call, [])
+
+
+def test_peak_memory_is_what_a_call_adds():
+    case = replace(BY_NAME["operator"], providers={OURS: allocates})
+    grown = peak_growth(case, OURS, TINY, FORWARD, threads=1)
+    assert 60 * MIB < grown < 72 * MIB
+
+
+@pytest.mark.parametrize(
+    ("event", "group"),
+    [
+        ("aten::baddbmm_", PRODUCTS),
+        ("aten::silu_backward", "activations"),
+        ("aten::addcmul_", "elementwise"),
+        ("aten::index_select", "indexing and copies"),
+        ("aten::_to_copy", DISPATCH),
+        ("aten::view", DISPATCH),
+        ("ChunkedMemoryBackward", PYTHON),
+    ],
+)
+def test_groups_of_operations(event, group):
+    assert group_of(event) == group

@@ -1,0 +1,253 @@
+"""What training keeps, and the ways in which PyTorch runs an operator."""
+
+import weakref
+from math import ceil, isqrt
+
+import pytest
+import torch
+from inputs import make_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from yardstick import (
+    TOKENS,
+    assert_gradients,
+    assert_values,
+    blocks_of,
+    flat,
+    gradients,
+    measure,
+)
+
+from titans_kernels import MemoryState, neural_memory, retrieve
+from titans_kernels.chunked.layout import block_size
+
+# ------------------------------------------------------------------------------------- memory
+
+
+def _storages(tensors):
+    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of all tensors made inside, now and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def _gone(self, size):
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if torch.is_tensor(x) and x.untyped_storage() not in self.known:
+                storage, size = x.untyped_storage(), x.untyped_storage().nbytes()
+                self.known.add(storage)
+                weakref.finalize(storage, self._gone, size)
+                self.now += size
+        self.peak = max(self.peak, self.now)
+        return out
+
+
+def _bytes_of_states(T, chunk, inputs):
+    """Two lists of states (weights and momentum) at every span's start, one where they agree."""
+    N, _, blocks_to_a_chunk = block_size(chunk, torch.device("cpu"))
+    blocks = ceil(T / N) if blocks_to_a_chunk == 1 else T // chunk * blocks_to_a_chunk
+    if blocks_to_a_chunk > 1:
+        blocks += ceil(T % chunk / N)
+    spans = ceil(blocks / isqrt(blocks))
+    state = 2 * sum(w.nbytes for w in inputs["weights"])
+    return (1 if blocks_to_a_chunk == 1 else 2) * spans * state
+
+
+def _long(T):
+    """Inputs whose weights are large beside a token."""
+    return make_inputs(1, T, 1, 16, 256, 2, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 64, 100, 300])
+@pytest.mark.parametrize("T", [256, 1024, 4096])
+def test_what_is_kept_are_few_states(T, chunk):
+    """Beyond the inputs: states at span starts, their number about the root of that of blocks."""
+    inputs, kept = _long(T), {}
+
+    def keep(x):
+        kept.update(_storages([x]))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        result = neural_memory(**inputs, chunk_size=chunk, output_final_state=True)
+    own, limit = _storages(flat(inputs).values()), _bytes_of_states(T, chunk, inputs) + 16 * T
+    found = sum(size for where, size in kept.items() if where not in own)
+    assert found <= limit, f"kept {found} bytes, limit {limit}"
+    assert result[1] is not None
+
+
+@pytest.mark.parametrize("chunk, T", [(1, 512), (16, 2048), (64, 4096), (100, 4096)])
+def test_training_never_needs_weights_of_every_chunk_or_token(chunk, T):
+    peaks = []
+    for length in (T // 4, T):
+        inputs = _long(length)
+        with _Live() as live:
+            o, _ = neural_memory(**inputs, chunk_size=chunk)
+            gradients({"o": o}, flat(inputs))
+        peaks.append(live.peak)
+    state = 2 * sum(w.nbytes for w in inputs["weights"])
+    of_chunks = T // chunk * state
+    of_tokens = T * (16 + 256) * 4  # one input of each layer
+    limit = of_chunks // 2 + 2 * of_tokens
+    assert peaks[1] <= limit, f"peak {peaks[1]} bytes, limit {limit}"
+    assert peaks[1] <= 2.6 * peaks[0], f"{peaks[1] / peaks[0]:.1f} times as much for 4 times T"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_kept(mode):
+    peaks = []
+    for needed in (False, True):
+        inputs = _long(1024)
+        for leaf in flat(inputs).values():
+            leaf.requires_grad_(needed)
+        with mode(), _Live() as live:
+            neural_memory(**inputs)
+        peaks.append(live.peak)
+    assert peaks[0] == peaks[1]
+
+
+# --------------------------------------------------------------------------------- ways of use
+
+
+@pytest.fixture(params=[(16, "cpu"), (16, "cuda"), (100, "cpu")], ids=str)
+def run(request):
+    """Inputs over several spans, and a function that measures an operator on them."""
+    chunk, block = request.param
+    inputs = make_inputs(2, 230, 2, 4, 6, 2, dtype=torch.float32)
+
+    def measured(op=neural_memory, inputs=inputs):
+        with blocks_of(block):
+            return measure(op, inputs, chunk_size=chunk)
+
+    return inputs, measured
+
+
+def _assert_equal(got, want, bound=0.0):
+    assert_values(got.values, want.values, bound)
+    assert_gradients(got.gradients, want.gradients, bound)
+
+
+def test_a_run_again_is_the_same_to_the_bit(run):
+    _assert_equal(run[1](), run[1]())
+
+
+def test_gradients_may_be_taken_twice(run):
+    """Nothing that is kept is written to, by the pass forward or back."""
+    inputs, measured = run
+    twice = []
+
+    def op(**options):
+        o, state = neural_memory(**options)
+        values = flat({"o": o, "state": state})
+        twice.append(gradients(values, flat(inputs), retain_graph=True))
+        return o, state
+
+    assert_gradients(measured(op).gradients, twice[0], 0.0)
+
+
+def test_inputs_are_not_written_to_and_results_are_not_theirs(run):
+    inputs, measured = run
+    before = {name: x.detach().clone() for name, x in flat(inputs).items()}
+    values = measured().values
+    assert_values(flat(inputs), before, 0.0)
+    assert not _storages(flat(inputs).values()).keys() & _storages(values.values()).keys()
+
+
+def test_inputs_may_lie_in_memory_in_any_order(run):
+    inputs, measured = run
+    want = measured()
+
+    def scattered(x):
+        order = range(x.dim())[::-1]
+        y = x.detach().permute(*order).contiguous().permute(*order)
+        return torch.stack([y, y], -1)[..., 1].requires_grad_()
+
+    other = {
+        name: tuple(map(scattered, x)) if isinstance(x, tuple) else scattered(x)
+        for name, x in inputs.items()
+    }
+    assert not other["q"].is_contiguous()
+    _assert_equal(measured(inputs=other), want)
+
+
+def test_gates_may_be_expanded(run):
+    inputs, measured = run
+    one = torch.tensor(0.01, requires_grad=True)
+    expanded = inputs | dict.fromkeys(("theta", "alpha", "eta"), one.expand(2, 230, 2))
+    written = inputs | dict.fromkeys(("theta", "alpha", "eta"), one * torch.ones(2, 230, 2))
+    _assert_equal(measured(inputs=expanded), measured(inputs=written))
+
+
+def test_gradients_may_come_in_any_order_in_memory(run):
+    inputs, leaves = run[0], list(flat(run[0]).values())
+    o, state = neural_memory(**inputs, output_final_state=True)
+    for x in (o, state.weights[0], state.momentum[1]):
+        dx = torch.randn_like(x)
+        order = range(x.dim())[::-1]
+        strided = dx.permute(*order).contiguous().permute(*order)
+        ones = torch.ones(()).expand_as(x)
+        for given, same in ((strided, dx), (ones, torch.ones_like(x))):
+            got, want = (
+                torch.autograd.grad(x, leaves, d, retain_graph=True, materialize_grads=True)
+                for d in (given, same)
+            )
+            assert all(map(torch.equal, got, want))
+
+
+def test_activation_checkpointing(run):
+    _, measured = run
+
+    def op(**options):
+        return checkpoint(lambda: neural_memory(**options), use_reentrant=False)
+
+    _assert_equal(measured(op), measured())
+
+
+def test_autocast_changes_nothing(run):
+    """q's dtype says what is computed in what; the layer around the operator is for autocast."""
+    inputs, measured = run
+    want = measured()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = measured()
+        read = retrieve(inputs["q"], inputs["weights"], norm=inputs["norm"])
+
+    def forward_only(**options):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return neural_memory(**options)
+
+    _assert_equal(inside, want)
+    _assert_equal(measured(forward_only), want)
+    assert torch.equal(read, retrieve(inputs["q"], inputs["weights"], norm=inputs["norm"]))
+
+
+def test_compiled():
+    """Graphs may break; values may not."""
+    inputs = make_inputs(1, 40, 1, 4, 6, 2, dtype=torch.float32)
+    compiled = torch.compile(neural_memory, backend="eager")
+    _assert_equal(measure(compiled, inputs), measure(neural_memory, inputs))
+
+
+def test_inference_mode(run):
+    inputs, _ = run
+    first, second = (
+        {n: x[:, part] if n in TOKENS else x for n, x in inputs.items()}
+        for part in (slice(0, 100), slice(100, 230))
+    )
+    want, _ = neural_memory(**inputs)
+    with torch.inference_mode():
+        _, state = neural_memory(**first, output_final_state=True)
+        inside, _ = neural_memory(**second, initial_state=state)
+    trained, _ = neural_memory(**second, initial_state=state)  # a state to train on from
+    assert not inside.requires_grad and trained.requires_grad
+    assert isinstance(state, MemoryState) and torch.equal(inside, trained)
+    assert_values({"o": inside}, {"o": want[:, 100:]}, 1e-5)
+    assert gradients({"o": trained}, flat(second))["q"].isfinite().all()

@@ -1,0 +1,208 @@
+"""Launchers: allocate, take a tile, launch. Tensors are contiguous and of the shapes named here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .coefficients import coefficients_kernel
+from .retrieve import retrieve_kernel
+from .scan import scan_kernel
+from .tiles import Blocks, Tile
+
+
+class Tokens(NamedTuple):
+    """Sequences end to end, a tail ahead of its sequence's tokens."""
+
+    k: Tensor  # [M, H, D]
+    v: Tensor
+    theta: Tensor  # [M, H, L]
+    alpha: Tensor
+    eta: Tensor
+    cu: Tensor  # [N + 1] int64
+    tail: Tensor  # [N] int64
+    ask: Tensor  # [N] int64, first query
+
+
+class Problem(NamedTuple):
+    """What every pass is compiled for."""
+
+    chunk_size: int
+    blocks: Blocks
+    group: int  # blocks of a sequence whose scratch is held at a time
+    activation: str
+    residual: bool
+    norm: Tensor | None  # [H, 2, D]
+    tile: Tile
+
+    def sizes(self, tokens: Tokens, hidden: int) -> dict[str, object]:
+        _, H, D = tokens.k.shape
+        return dict(
+            BLOCKS=self.group,
+            H=H,
+            D=D,
+            HIDDEN=hidden,
+            L=tokens.theta.shape[2],
+            CHUNK=self.chunk_size,
+            TOKENS=self.blocks.tokens,
+            SPAN=self.blocks.span,
+            BT=self.tile.block,
+            BD=max(16, triton.next_power_of_2(D)),
+            BH=self.tile.slice,
+        )
+
+    def options(self, depth: int) -> dict[str, object]:
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        return dict(
+            DEPTH=depth,
+            ACTIVATION=self.activation,
+            HAS_NORM=self.norm is not None,
+            RESIDUAL=self.residual,
+            PRECISION="tf32" if tf32 else "ieee",
+        )
+
+
+class Scratch(NamedTuple):
+    """What passes hand each other, of one group of blocks."""
+
+    a: Tensor  # [slots, H, L, BT]
+    c: Tensor
+    G: Tensor  # [slots, H, L, BT, BT]
+    end: Tensor  # [slots, H, L, 4 + 2 BT]
+    z: Tensor  # [N, H, BT, hidden]
+    x: Tensor  # [slots, H, BT, hidden]
+    d: tuple[Tensor, ...]  # per layer [slots, H, BT, d_out]
+    weights: tuple[Tensor, ...]  # per layer [slots, H, d_in, d_out]
+    momentum: tuple[Tensor, ...]
+
+
+def allocate(tokens: Tokens, state: list[Tensor], problem: Problem) -> Scratch:
+    """Scratch for `problem.group` blocks of every sequence; `state` are weights, [N, H, ...]."""
+    N, H = len(tokens.cu) - 1, tokens.k.shape[1]
+    L, BT, slots = tokens.theta.shape[2], problem.tile.block, N * problem.group
+    hidden, acc = state[0].shape[-1], state[0].dtype
+    new = tokens.k.new_empty
+    return Scratch(
+        new(slots, H, L, BT, dtype=acc),
+        new(slots, H, L, BT, dtype=acc),
+        new(slots, H, L, BT, BT, dtype=acc),
+        new(slots, H, L, 4 + 2 * BT, dtype=acc),
+        new(N, H, BT, hidden, dtype=acc),
+        new(slots, H, BT, hidden if len(state) > 1 else 0),
+        tuple(new(slots, H, BT, W.shape[-1]) for W in state),
+        tuple(new(slots, *W.shape[1:]) for W in state),
+        tuple(new(slots, *W.shape[1:]) for W in state),
+    )
+
+
+def coefficients(tokens: Tokens, scratch: Scratch, first_block: int, problem: Problem) -> None:
+    slots, H, L, BT = scratch.a.shape
+    coefficients_kernel[(slots, H, L)](
+        p_theta=tokens.theta,
+        p_alpha=tokens.alpha,
+        p_eta=tokens.eta,
+        p_a=scratch.a,
+        p_c=scratch.c,
+        p_G=scratch.G,
+        p_end=scratch.end,
+        p_cu=tokens.cu,
+        group=first_block,
+        BLOCKS=problem.group,
+        H=H,
+        L=L,
+        CHUNK=problem.chunk_size,
+        TOKENS=problem.blocks.tokens,
+        SPAN=problem.blocks.span,
+        BT=BT,
+        num_warps=1 if BT <= 64 else 2,
+    )
+
+
+def scan(
+    tokens: Tokens,
+    weights: list[Tensor],
+    momentum: list[Tensor],
+    anchor: tuple[list[Tensor], list[Tensor]],
+    scratch: Scratch,
+    first_block: int,
+    problem: Problem,
+) -> None:
+    """Walk over one group; weights, momentum and anchor go on in place."""
+    depth, last = len(weights), len(weights) - 1
+    N, H = weights[0].shape[:2]
+    chunk = problem.chunk_size if problem.blocks.chunks > 1 else problem.tile.block
+    for rounded, state in zip(
+        (*scratch.weights, *scratch.momentum), (*weights, *momentum), strict=True
+    ):
+        rounded.unflatten(0, (N, -1))[:, 0].copy_(state)  # what the group's first blocks read
+    scan_kernel[(N, H)](
+        p_k=tokens.k,
+        p_v=tokens.v,
+        p_a=scratch.a,
+        p_c=scratch.c,
+        p_G=scratch.G,
+        p_end=scratch.end,
+        p_norm=scratch.a if problem.norm is None else problem.norm,
+        p_W1=weights[0],
+        p_S1=momentum[0],
+        p_W2=weights[last],
+        p_S2=momentum[last],
+        p_W1_anchor=anchor[0][0],
+        p_S1_anchor=anchor[1][0],
+        p_W2_anchor=anchor[0][last],
+        p_S2_anchor=anchor[1][last],
+        p_z=scratch.z,
+        p_x=scratch.x,
+        p_d1=scratch.d[0],
+        p_d2=scratch.d[last],
+        p_W1_out=scratch.weights[0],
+        p_S1_out=scratch.momentum[0],
+        p_W2_out=scratch.weights[last],
+        p_S2_out=scratch.momentum[last],
+        p_cu=tokens.cu,
+        group=first_block,
+        blocks=problem.group,
+        chunks=problem.blocks.chunks,
+        hidden=weights[0].shape[-1],
+        BC=max(16, triton.next_power_of_2(chunk)),
+        **problem.sizes(tokens, weights[0].shape[-1]),
+        **problem.options(depth),
+        num_warps=problem.tile.scan_warps,
+        num_stages=1,
+    )
+
+
+def retrieve(
+    q: Tensor, o: Tensor, tokens: Tokens, scratch: Scratch, first_block: int, problem: Problem
+) -> None:
+    """Answers of one group's tokens into o, [Mq, H, D]."""
+    depth, last = len(scratch.d), len(scratch.d) - 1
+    slots, H = scratch.a.shape[:2]
+    retrieve_kernel[(slots, H)](
+        p_q=q,
+        p_k=tokens.k,
+        p_x=scratch.x,
+        p_d1=scratch.d[0],
+        p_d2=scratch.d[last],
+        p_W1=scratch.weights[0],
+        p_S1=scratch.momentum[0],
+        p_W2=scratch.weights[last],
+        p_S2=scratch.momentum[last],
+        p_a=scratch.a,
+        p_c=scratch.c,
+        p_G=scratch.G,
+        p_norm=scratch.a if problem.norm is None else problem.norm,
+        p_o=o,
+        p_cu=tokens.cu,
+        p_tail=tokens.tail,
+        p_ask=tokens.ask,
+        group=first_block,
+        hidden=scratch.weights[0].shape[-1],
+        **problem.sizes(tokens, scratch.weights[0].shape[-1]),
+        **problem.options(depth),
+        num_warps=problem.tile.read_warps,
+        num_stages=2,
+    )
