@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
+from dataclasses import replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from . import checks, chunked
+from . import checks
+from .backends import choose
 from .chunked import Options
 from .state import MemoryState
 
@@ -112,14 +112,8 @@ def neural_memory(
                 f"takes chunk_size = {chunk_size}"
             )
     weights = tuple(weights)
-    tensors = pytree.tree_leaves((q, k, v, theta, alpha, eta, weights, norm, initial_state))
-    differentiates = torch.is_grad_enabled() and any(
-        x.requires_grad for x in tensors if x is not None
-    )
-    run = chunked.neural_memory
-    if _choose(backend, q, weights, True, differentiates) == "triton":
-        from .kernels import neural_memory as run  # triton is imported only where it runs
-    return run(
+    run = choose(backend, q, weights, k, v, theta, alpha, eta, norm, initial_state)
+    return run.neural_memory(
         q,
         k,
         v,
@@ -170,6 +164,7 @@ def retrieve(
         torch.Size([1, 5, 2, 8])
     """
     checks.queries(q)
+    shape = q.shape
     checks.norm(norm, q)
     checks.choice("activation", activation, checks.ACTIVATIONS)
     checks.boolean("residual", residual)
@@ -179,44 +174,34 @@ def retrieve(
         checks.state("weights_or_state", weights_or_state, q, None, sequences, None)
     else:
         checks.weights("weights_or_state", weights_or_state, q.shape[2], q.shape[3], q)
-        weights_or_state = tuple(weights_or_state)
-    _choose(backend, q, (), False, False)
-    return chunked.retrieve(q, weights_or_state, norm, Options(activation, residual), cu_seqlens)
+    options = Options(activation, residual)
+    if isinstance(weights_or_state, MemoryState):
+        state = weights_or_state
+        run = choose(backend, q, state.weights, state, norm)
+        weights = _after_tail(state, run, norm, options)
+    else:
+        weights = tuple(w.unsqueeze(0) for w in weights_or_state)
+        run = choose(backend, q, weights, norm)
+        q, cu_seqlens = q.reshape(1, -1, *q.shape[2:]), None  # all tokens read the same weights
+    return run.retrieve(q, weights, norm, options, cu_seqlens).view(shape)
 
 
-def _refusal(q: Tensor, weights: tuple[Tensor, ...], learns: bool) -> str | None:
-    """Why the Triton kernels do not cover a case; None if they do."""
-    D, widths = q.shape[3], [w.shape[-1] for w in weights[:-1]]
-    if not learns:
-        return "neural_memory, not retrieve"
-    if importlib.util.find_spec("triton") is None:
-        return "an installed triton"
-    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"a GPU (or TRITON_INTERPRET=1), got {q.device}"
-    if q.dtype == torch.float64 and q.device.type == "cuda":
-        return "float32, bfloat16 or float16 on a GPU, got float64"
-    if len(weights) > 2:
-        return f"memories of 1 or 2 layers, got {len(weights)}"
-    if D % 16 or D > 256:
-        return f"head dimensions that are multiples of 16 up to 256, got {D}"
-    if any(width % 16 or width > 1024 for width in widths):
-        return f"hidden widths that are multiples of 16 up to 1024, got {widths[0]}"
-    return None
+def _after_tail(
+    state: MemoryState, backend: ModuleType, norm: tuple[Tensor, Tensor] | None, options: Options
+) -> tuple[Tensor, ...]:
+    """The weights after a state's last token: its open chunk, made whole by tokens that do nothing.
 
-
-def _choose(
-    backend: str, q: Tensor, weights: tuple[Tensor, ...], learns: bool, differentiates: bool
-) -> str:
-    """The backend that runs. One that is named never falls back to another.
-
-    "auto" takes torch: the kernels, which have no backward yet, are there by name only.
+    What fills it up has gates of 0. That clears the momentum, which a reader does not need.
     """
-    checks.choice("backend", backend, checks.BACKENDS)
-    if backend != "triton":
-        return "torch"
-    takes = _refusal(q, weights, learns)
-    if takes is None and differentiates:
-        takes = "inputs without gradients (use torch.no_grad() or backend='torch')"
-    if takes is not None:
-        raise NotImplementedError(f"backend: got 'triton', which takes {takes}")
-    return backend
+    C = state.chunk_size
+    there = torch.arange(C, device=state.k.device) < state.length[:, None]  # [N, C]
+    k, v, theta, alpha, eta = (
+        x.masked_fill(~there.view(*there.shape, *[1] * (x.dim() - 2)), 0.0)
+        for x in (state.k, state.v, state.theta, state.alpha, state.eta)
+    )
+    closed = replace(state, length=torch.zeros_like(state.length))
+    gates = (theta, alpha, eta)
+    _, whole = backend.neural_memory(
+        k, k, v, gates, state.weights, norm, options, C, closed, True, None
+    )
+    return whole.weights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -133,69 +132,29 @@ def neural_memory(
 
 def retrieve(
     q: Tensor,
-    weights_or_state: tuple[Tensor, ...] | MemoryState,
+    weights: tuple[Tensor, ...],
     norm: tuple[Tensor, Tensor] | None,
     options: Options,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """As the public operator, of arguments that fit."""
-    if isinstance(weights_or_state, MemoryState):
-        state = _after_tail(weights_or_state, norm, options)
-    else:  # all tokens read the same weights, so they are one sequence
-        state = tuple(w.unsqueeze(0) for w in weights_or_state)
-        cu_seqlens = None
-    shared = q.reshape(1, -1, *q.shape[2:]) if len(state[0]) == 1 else q
-    layout, order = _layout(shared, cu_seqlens, None, 64, block_size(64, q.device))
+    """f(q), of arguments that fit, at weights [N, H, d_in, d_out] of every sequence."""
+    H, dtype = q.shape[2], compute_dtype(q)
+    layout, order = _layout(q, cu_seqlens, None, 64, block_size(64, q.device))
     if order is not None:
-        state = tuple(W.index_select(0, order) for W in state)
+        weights = tuple(W.index_select(0, order) for W in weights)
 
-    H = q.shape[2]
     tokens = _joined(q)
-    dtype = compute_dtype(q)
     out = torch.zeros_like(tokens)
     with torch.autocast(q.device.type, enabled=False):
         for span in layout.spans():
-            box, network = (
-                Box(span, H, 0),
-                Network(*options, norm_rows(norm, span.sequences, dtype)),
-            )
+            box = Box(span, H, 0)
+            network = Network(*options, norm_rows(norm, span.sequences, dtype))
             x = box.queries.take(tokens, dtype).transpose(0, 1)  # [R, g, N, D]
             x = h = x.flatten(1, 2)
-            for i, W in enumerate(state):
+            for i, W in enumerate(weights):
                 y = torch.bmm(h, W[: span.sequences].flatten(0, 1).to(dtype))
-                if i < len(state) - 1:
+                if i < len(weights) - 1:
                     (h,) = network.activate(y)
             answers = output(y, x, network).unflatten(1, (-1, layout.block.tokens))
             box.queries.put(out, answers.transpose(0, 1))
     return out.view(q.shape)
-
-
-def _after_tail(
-    state: MemoryState, norm: tuple[Tensor, Tensor] | None, options: Options
-) -> tuple[Tensor, ...]:
-    """The weights after a state's last token: its open chunk, made whole by tokens that do nothing.
-
-    What fills it up has gates of 0. That clears the momentum, which a reader does not need.
-    """
-    C = state.chunk_size
-    there = torch.arange(C, device=state.k.device) < state.length[:, None]  # [N, C]
-    k, v, theta, alpha, eta = (
-        x.masked_fill(~there.view(*there.shape, *[1] * (x.dim() - 2)), 0.0)
-        for x in (state.k, state.v, state.theta, state.alpha, state.eta)
-    )
-    closed = replace(state, length=torch.zeros_like(state.length))
-    _, whole = neural_memory(
-        k,
-        k,
-        v,
-        (theta, alpha, eta),
-        state.weights,
-        norm,
-        options,
-        C,
-        closed,
-        True,
-        None,
-    )
-    assert whole is not None
-    return whole.weights

@@ -1,5 +1,7 @@
-"""The neural memory in fused Triton kernels, one file a pass: coefficients, scan, retrieve."""
+"""The neural memory in fused Triton kernels, one file a pass.
 
-from .operator import neural_memory
+`coefficients`, `scan` and `retrieve` are one forward pass; `recall` reads without learning."""
 
-__all__ = ["neural_memory"]
+from .operator import neural_memory, retrieve
+
+__all__ = ["neural_memory", "retrieve"]

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from .coefficients import coefficients_kernel
+from .recall import recall_kernel
 from .retrieve import retrieve_kernel
 from .scan import scan_kernel
 from .tiles import Blocks, Tile
@@ -55,14 +56,19 @@ class Problem(NamedTuple):
         )
 
     def options(self, depth: int) -> dict[str, object]:
-        tf32 = torch.backends.cuda.matmul.allow_tf32
-        return dict(
-            DEPTH=depth,
-            ACTIVATION=self.activation,
-            HAS_NORM=self.norm is not None,
-            RESIDUAL=self.residual,
-            PRECISION="tf32" if tf32 else "ieee",
-        )
+        return network_options(depth, self.activation, self.residual, self.norm)
+
+
+def network_options(
+    depth: int, activation: str, residual: bool, norm: Tensor | None
+) -> dict[str, object]:
+    return dict(
+        DEPTH=depth,
+        ACTIVATION=activation,
+        HAS_NORM=norm is not None,
+        RESIDUAL=residual,
+        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+    )
 
 
 class Scratch(NamedTuple):
@@ -206,3 +212,41 @@ def retrieve(
         num_warps=problem.tile.read_warps,
         num_stages=2,
     )
+
+
+def recall(
+    q: Tensor,
+    weights: tuple[Tensor, ...],
+    norm: Tensor | None,
+    cu: Tensor,
+    longest: int,
+    activation: str,
+    residual: bool,
+    tile: Tile,
+) -> Tensor:
+    """f(q) [M, H, D] at weights [N, H, d_in, d_out] of q's dtype, sequence n from cu[n] on."""
+    (_, H, D), N = q.shape, len(cu) - 1
+    o = torch.empty_like(q)
+    blocks = triton.cdiv(longest, tile.block)
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if N * blocks:
+        recall_kernel[(N * blocks, H)](
+            p_q=q,
+            p_W1=weights[0],
+            p_W2=weights[-1],
+            p_norm=q.new_empty(0, dtype=acc) if norm is None else norm,
+            p_o=o,
+            p_cu=cu,
+            blocks=blocks,
+            hidden=weights[0].shape[-1],
+            H=H,
+            D=D,
+            HIDDEN=weights[0].shape[-1],
+            BT=tile.block,
+            BD=max(16, triton.next_power_of_2(D)),
+            BH=tile.slice,
+            **network_options(len(weights), activation, residual, norm),
+            num_warps=tile.read_warps,
+            num_stages=2,
+        )
+    return o

@@ -21,6 +21,22 @@ from .tiles import Blocks, Tile, tile
 GROUP = 2048  # tokens of a sequence whose scratch is held at a time
 
 
+def _starts(q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
+    """First token of every sequence and the end of the last, [N + 1]; the most that one has."""
+    B, T = q.shape[:2]
+    if cu_seqlens is None:
+        return torch.arange(B + 1, device=q.device) * T, T
+    longest = T
+    if cu_seqlens.device.type == "cpu":
+        longest = max((b - a for a, b in pairwise(cu_seqlens.tolist())), default=0)
+    return cu_seqlens.to(q.device, torch.int64), longest
+
+
+def _packed(norm: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor | None:
+    """LayerNorm weight and bias as [H, 2, D]."""
+    return None if norm is None else torch.stack(norm, 1).to(dtype).contiguous()
+
+
 def _tokens(
     k: Tensor,
     v: Tensor,
@@ -31,14 +47,7 @@ def _tokens(
     """All tokens end to end, the tokens of the longest sequence at most, lengths with tails [N]."""
     B, T = k.shape[:2]
     flat = [_flat(x) for x in (k, v, *gates)]
-    if cu_seqlens is None:
-        starts = torch.arange(B + 1, device=k.device) * T
-        longest = T
-    else:
-        starts = cu_seqlens.to(k.device, torch.int64)
-        longest = T
-        if cu_seqlens.device.type == "cpu":
-            longest = max((b - a for a, b in pairwise(cu_seqlens.tolist())), default=0)
+    starts, longest = _starts(k, cu_seqlens)
     lengths = starts.diff()
     if state is None:
         tail = torch.zeros_like(lengths)
@@ -126,7 +135,7 @@ def neural_memory(
     total = ceil(len(tokens.k) / blocks.tokens) + N  # blocks of all sequences, at most
     group = max(1, min(most, GROUP // size.block, ceil(total / max(N, 1))))
 
-    packed = None if norm is None else torch.stack(norm, 1).to(acc).contiguous()
+    packed = _packed(norm, acc)
     problem = Problem(chunk_size, blocks, group, *options, packed, size)
     asked = q.reshape(-1, H, D).contiguous()
     o = torch.empty_like(asked)
@@ -142,3 +151,27 @@ def neural_memory(
     shapes = [x.shape[2:] for x in (k, v, *gates)]
     tail = _open_chunks(tokens, lengths, chunk_size, shapes)
     return o, MemoryState(tuple(anchor[0]), tuple(anchor[1]), *tail)
+
+
+def retrieve(
+    q: Tensor,
+    weights: tuple[Tensor, ...],
+    norm: tuple[Tensor, Tensor] | None,
+    options: Options,
+    cu_seqlens: Tensor | None,
+    use: Tile | None = None,
+) -> Tensor:
+    """f(q), of arguments that fit, at weights [N, H, d_in, d_out] of every sequence."""
+    H, D = q.shape[2:]
+    cu, longest = _starts(q, cu_seqlens)
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    o = launch.recall(
+        q.reshape(-1, H, D).contiguous(),
+        tuple(w.to(q.dtype).contiguous() for w in weights),
+        _packed(norm, acc),
+        cu,
+        longest,
+        *options,
+        use or tile(D, weights[0].shape[-1], q.dtype),
+    )
+    return o.view(q.shape)

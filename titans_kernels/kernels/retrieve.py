@@ -140,6 +140,10 @@ def retrieve_kernel(
         b_s2 = (-b_G * b_s2).to(OP)
         b_y = tl.dot(b_d2, b_s2, b_y, input_precision=PRECISION, out_dtype=ACC)
 
+    # Loaded again: it would fill registers all along.
+    b_q = tl.load(
+        p_q + p_query[None, :] + o_d[:, None], mask=m_q[None, :] & m_d[:, None], other=0.0
+    )
     b_o = head(b_y, b_q.to(ACC), p_norm, o_d, m_d, D, HAS_NORM, RESIDUAL)
     tl.store(
         p_o + p_query[None, :] + o_d[:, None],
