@@ -58,11 +58,12 @@ class Recycler:
 class Walk:
     """One span, ready to be walked over."""
 
-    def __init__(self, span: Span, inputs: Inputs, layout: Layout, options: Options):
+    def __init__(self, span: Span, inputs: Inputs, layout: Layout, options: Options, depth: int):
         self.span, self.size = span, layout.block
         self.box = Box(span, inputs.k.shape[1], layout.table)
         self.gates = Gates(span, self.box, inputs)
         self.tables = self.gates.tables()
+        self.by = self.tables.blocks(depth)
         dtype = compute_dtype(inputs.q)
         norm = norm_rows((inputs.norm_weight, inputs.norm_bias), span.sequences, dtype)
         self.network = Network(*options, norm)
@@ -73,8 +74,7 @@ class Walk:
     def learn(self, i: int, anchor: State, order: int) -> tuple[list[Chunk], State, State]:
         """Errors of block i, and every layer's inputs and errors over the whole block."""
         depth, count = len(anchor), self.size.chunks
-        by = self.tables.block(i, depth)
-        chunks = errors(self.k[i], self.v[i], anchor, by, count, self.network, order)
+        chunks = errors(self.k[i], self.v[i], anchor, self.by[i], count, self.network, order)
         if count == 1:
             return chunks, chunks[0].x, chunks[0].d
         X = [torch.cat([c.x[n] for c in chunks], 1) for n in range(depth)]
@@ -101,9 +101,8 @@ class Walk:
         memory: Recycler | None = None,
     ) -> tuple[State, State]:
         """Anchor and running state after block i."""
-        by = self.tables.block(i, len(running))
         out = [None if memory is None else memory.take(x) for x in running]
-        running = [advance(*parts) for parts in zip(running, X, D, by, out, strict=True)]
+        running = [advance(*parts) for parts in zip(running, X, D, self.by[i], out, strict=True)]
         if not self.ends_chunk(i):
             return anchor, running
         whole = self.whole(i)
@@ -149,12 +148,11 @@ def run(
             running = anchor if one else [x[:rows] for x in running]
         if keep:
             checkpoints.append((anchor, running))
-        walk = Walk(span, inputs, layout, options)
+        walk = Walk(span, inputs, layout, options, len(state))
         answers = []
         for i in range(span.stop - span.start):
             _, X, D = walk.learn(i, anchor, 1)
-            by = walk.tables.block(i, len(state))
-            answers.append(read(walk.q[i], running, X, D, by, walk.network))
+            answers.append(read(walk.q[i], running, X, D, walk.by[i], walk.network))
             before = running
             anchor, running = walk.hand_on(i, anchor, running, X, D, memory)
             if memory is not None and i > 0 and before is not anchor:
@@ -194,7 +192,7 @@ def run_backward(
             drunning = [
                 torch.cat([x, torch.zeros_like(e)]) for x, e in zip(drunning, ending, strict=True)
             ]
-        walk = Walk(span, inputs, layout, options)
+        walk = Walk(span, inputs, layout, options, len(dfinal))
         danchor, drunning = _span_backward(
             walk, anchor, running, do, danchor, drunning, grads, norm_grad, memory
         )
@@ -234,14 +232,15 @@ def _span_backward(
     dout = walk.box.queries.take(do, walk.q.dtype)
     dq, dk, dv = torch.empty_like(walk.q), torch.empty_like(walk.k), torch.empty_like(walk.v)
     dtables = Tables(*map(_zeros, walk.tables))
+    dby = dtables.blocks(depth)
     norm = None if norm_grad is None else NormGrad(*(x[: walk.k.shape[1]] for x in norm_grad))
     for i in range(blocks - 1, -1, -1):
         running, chunks, X, D = records.pop()
-        by, dby = walk.tables.block(i, depth), dtables.block(i, depth)
+        by = walk.by[i]
         danchor, drunning = walk.hand_on_backward(i, danchor, drunning)
         block = [
             BlockGrad(torch.empty_like(x), torch.empty_like(d), memory.take(state), coefficients)
-            for x, d, state, coefficients in zip(X, D, running, dby, strict=True)
+            for x, d, state, coefficients in zip(X, D, running, dby[i], strict=True)
         ]
         for parts in zip(drunning, running, X, D, by, block, strict=True):
             advance_backward(*parts)

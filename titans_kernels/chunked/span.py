@@ -91,10 +91,14 @@ class Tables(NamedTuple):
     keep: Tensor  # [G, g, R, 2, 2]
     learn: Tensor  # [G, g, R, N, 2]
 
-    def block(self, i: int, depth: int) -> list[BlockCoefficients]:
-        """Views of block i, one per layer."""
-        layers = [BlockCoefficients(*(x[g, i] for x in self)) for g in range(len(self.ac))]
-        return layers if len(layers) == depth else layers * depth
+    def blocks(self, depth: int) -> list[list[BlockCoefficients]]:
+        """Views of every block, one per layer."""
+        layers = [
+            [BlockCoefficients(*parts) for parts in zip(*(x.unbind() for x in layer), strict=True)]
+            for layer in zip(*self, strict=True)
+        ]
+        layers = layers if len(layers) == depth else layers * depth
+        return [list(block) for block in zip(*layers, strict=True)]
 
 
 class Gates:

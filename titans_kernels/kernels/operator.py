@@ -119,24 +119,27 @@ def neural_memory(
     N = len(lengths)
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     if initial_state is None:
-        W = [w.to(acc).expand(N, *w.shape).clone() for w in weights]
+        shared = [w.to(acc).contiguous() for w in weights]
+        W = [w.expand(N, *w.shape).clone() for w in shared]
         S = [torch.zeros_like(w) for w in W]
     else:
         W = [w.to(acc, copy=True).contiguous() for w in initial_state.weights]
         S = [s.to(acc, copy=True).contiguous() for s in initial_state.momentum]
 
     size = use or tile(D, weights[0].shape[-1], q.dtype)
-    blocks = Blocks.of(chunk_size, size)
+    chunk = min(chunk_size, 2**31 - 1)  # kernels count a chunk's tokens in int32
+    blocks = Blocks.of(chunk, size)
     anchor = (W, S) if blocks.span == 1 else ([x.clone() for x in W], [x.clone() for x in S])
     if blocks.span == 1:
         most = ceil(longest / blocks.tokens)
     else:
-        most = ceil(longest / chunk_size) * blocks.span
+        whole, rest = divmod(longest, chunk)
+        most = whole * blocks.span + ceil(rest / blocks.tokens)
     total = ceil(len(tokens.k) / blocks.tokens) + N  # blocks of all sequences, at most
     group = max(1, min(most, GROUP // size.block, ceil(total / max(N, 1))))
 
     packed = _packed(norm, acc)
-    problem = Problem(chunk_size, blocks, group, *options, packed, size)
+    problem = Problem(chunk, blocks, group, *options, packed, size)
     asked = q.reshape(-1, H, D).contiguous()
     o = torch.empty_like(asked)
     if len(o) and N:
