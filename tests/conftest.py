@@ -4,6 +4,10 @@ import os
 
 import pytest
 import torch
+import triton_support
+
+if not torch.cuda.is_available():
+    triton_support.use_interpreter()  # before anything imports triton
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Every worker has a core: more threads would only wait for each other.

@@ -316,8 +316,9 @@ def test_a_keyword_that_does_not_exist(op):
 
 @pytest.mark.parametrize("op", [neural_memory, retrieve])
 def test_a_backend_that_is_named_does_not_fall_back(op):
+    """A head dimension of 4 is too small for Triton's tiles, whatever the machine."""
     given = _learn() if op is neural_memory else _read_state()
-    with pytest.raises(NotImplementedError, match=r"backend: got 'triton'.* takes 'torch'"):
+    with pytest.raises(NotImplementedError, match="backend: got 'triton', which takes"):
         op(**given, backend="triton")
 
 

@@ -118,6 +118,33 @@ def test_without_gradients_nothing_is_kept(mode):
 # --------------------------------------------------------------------------------- ways of use
 
 
+GROUPS = {
+    "queries": ("q",),
+    "keys": ("k",),
+    "values": ("v",),
+    "gates": ("theta", "alpha", "eta"),
+    "one gate": ("alpha",),
+    "weights": ("weights[0]", "weights[1]"),
+    "norm": ("norm[0]", "norm[1]"),
+    "norm bias": ("norm[1]",),
+    "nothing": (),
+}
+
+
+@pytest.mark.parametrize("names", GROUPS.values(), ids=GROUPS)
+def test_a_subset_of_gradients_is_part_of_all(names):
+    inputs = make_inputs(1, 37, 2, 4, 6, 2)
+    want = measure(neural_memory, inputs)
+    for name, leaf in flat(inputs).items():
+        leaf.requires_grad_(name in names)
+    o, state = neural_memory(**inputs, output_final_state=True)
+    values, leaves = flat({"o": o, "state": state}), {n: flat(inputs)[n] for n in names}
+    assert_values(values, want.values, 0.0)
+    assert o.requires_grad == bool(names)
+    if names:
+        assert_gradients(gradients(values, leaves), {n: want.gradients[n] for n in names}, 1e-14)
+
+
 @pytest.fixture(params=[(16, "cpu"), (16, "cuda"), (100, "cpu")], ids=str)
 def run(request):
     """Inputs over several spans, and a function that measures an operator on them."""
@@ -231,7 +258,7 @@ def test_autocast_changes_nothing(run):
 
 def test_compiled():
     """Graphs may break; values may not."""
-    inputs = make_inputs(1, 40, 1, 4, 6, 2, dtype=torch.float32)
+    inputs = make_inputs(1, 20, 1, 4, 6, 1, dtype=torch.float32)
     compiled = torch.compile(neural_memory, backend="eager")
     _assert_equal(measure(compiled, inputs), measure(neural_memory, inputs))
 

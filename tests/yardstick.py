@@ -7,6 +7,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from inputs import make_inputs
 from torch.autograd import Function
 
 from titans_kernels.chunked import operator
@@ -228,6 +229,23 @@ def rounded(q, k, v, theta, alpha, eta, weights, *, dtype, norm=None, residual=T
             state = (W, S)
     o = _Stored.apply(torch.cat(out, 2).transpose(1, 2), dtype)
     return o, SimpleNamespace(weights=tuple(state[0]), momentum=tuple(state[1]))
+
+
+def rounded_inputs(dtype, **sizes):
+    """Inputs whose q, k, v are of `dtype` and the rest float32 or wider; the same in float64."""
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def rounded_to(name, x, then=None):
+        if isinstance(x, tuple):
+            return tuple(rounded_to(name, part, then) for part in x)
+        kind = dtype if name in ("q", "k", "v") else wide
+        return None if x is None else x.to(kind).to(then or kind).requires_grad_()
+
+    exact = make_inputs(**sizes, requires_grad=False)
+    return (
+        {name: rounded_to(name, x) for name, x in exact.items()},
+        {name: rounded_to(name, x, torch.float64) for name, x in exact.items()},
+    )
 
 
 def assert_within_yardstick(name, actual, expected, yard, rms=1.25, largest=2.0):

@@ -4,8 +4,8 @@
 access to memory while it runs, `offline` compiles kernels for GPUs that are not there.
 
 Triton decides when a kernel is decorated whether it will be interpreted or compiled, and decorates
-its own library when it is imported. A process does one or the other: `use_interpreter` chooses
-before the first import, and `offline` starts processes of its own to compile.
+its own library when it is imported. A process does one or the other: conftest.py calls
+`use_interpreter` before anything imports triton, and `offline` starts processes that compile.
 """
 
 import os

@@ -58,7 +58,7 @@ def _narrow(handle: TensorHandle) -> TensorHandle:
     return TensorHandle(float32_to_bfloat16(handle.data), tl.bfloat16)
 
 
-# ----------------------------------------------------------------------------------------- operations
+# --------------------------------------------------------------------------------------- operations
 
 
 class DeviceBuilder(stock.InterpreterBuilder):
@@ -214,7 +214,7 @@ def _call(self: stock.InterpretedFunction, *args, **kwargs):
 def install() -> None:
     """Mend the interpreter of this process; a second call changes nothing."""
     if not triton.knobs.runtime.interpret:
-        raise RuntimeError("kernels are compiled in this process: use_interpreter() comes first")
+        raise RuntimeError("this process compiles kernels: use_interpreter() comes first")
     builder = stock.interpreter_builder
     if isinstance(builder, DeviceBuilder):
         return

@@ -41,9 +41,9 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().view(_INTEGER[tensor.itemsize])
 
 
-def is_poison(values: Array) -> Array:
-    """Which of some loaded values nobody wrote."""
-    if values.dtype.itemsize == 1:
+def is_poison(values: Array, floating: bool) -> Array:
+    """Which of some loaded values nobody wrote; small integers may be anything."""
+    if values.dtype.itemsize < (2 if floating else 4):
         return np.zeros(values.shape, bool)
     bits = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
     return bits == _POISON_OF_SIZE[values.dtype.itemsize]

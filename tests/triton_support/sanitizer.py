@@ -29,7 +29,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import TensorHandle
@@ -49,10 +48,10 @@ class MemoryFault(AssertionError):
 class Sanitizer:
     """What is known of the launches in one `sanitize` context."""
 
-    def __init__(self, checks: Set[str], seed: int | None) -> None:
+    def __init__(self, checks: Set[str], seed: int | None, partial: Set[str]) -> None:
         if unknown := set(checks) - CHECKS:
             raise ValueError(f"checks: got {sorted(unknown)}; takes {sorted(CHECKS)}")
-        self.checks, self.seed = checks, seed
+        self.checks, self.seed, self.partial = checks, seed, partial
         self.launches = self.loads = self.stores = 0
         self._fresh: dict[int, tuple[Tensor, set[str]]] = {}  # by address: kept, so never reused
         self._allocations: dict[int, Allocation] = {}
@@ -99,14 +98,17 @@ class Sanitizer:
 
     def unwritten(self) -> list[str]:
         """Arguments made by `torch.empty` that are not full, and how much is missing."""
-        missing = [(names, poisoned(x), x.numel()) for x, names in self._fresh.values() if names]
-        return [f"{' = '.join(sorted(x))}: {n} of {size}" for x, n, size in missing if n]
+        found = []
+        for tensor, names in self._fresh.values():
+            if names and not names & self.partial and (missing := poisoned(tensor)):
+                found.append(f"{' = '.join(sorted(names))}: {missing} of {tensor.numel()}")
+        return found
 
     # -------------------------------------------------------------------------- single operations
 
     def load(self, ptrs: TensorHandle, mask: Array) -> None:
         self.loads += 1
-        access = self._locate("load", ptrs, mask)
+        access = self._locate("load of", ptrs, mask)
         if access is None:
             return
         where, offsets, at = access
@@ -119,8 +121,8 @@ class Sanitizer:
         where.loaded_by[at] = np.where(first, self._program, SEVERAL)
 
     def loaded(self, ptrs: TensorHandle, values: Array, mask: Array) -> None:
-        bad = is_poison(values) & mask
-        if bad.any() and (access := self._locate("load", ptrs, bad)):
+        bad = mask & is_poison(values, ptrs.get_element_ty().is_floating())
+        if bad.any() and (access := self._locate("load of", ptrs, bad)):
             self._check("uninitialised", np.ones(1, bool), "load of", access[0], access[1])
 
     def store(self, ptrs: TensorHandle, mask: Array, values: Array | None) -> None:
@@ -139,12 +141,14 @@ class Sanitizer:
         if values is None:
             where.atomic_by[at] = self._program
             return
-        if len(at) == len(offsets):
-            lost = where.conflicting(at, np.broadcast_to(values, mask.shape)[mask])
-            self._check("duplicate", lost, "different values stored to", where, offsets)
+        first = where.units(offsets, where.unit)
+        lost = where.conflicting(first, np.broadcast_to(values, mask.shape)[mask])
+        self._check("duplicate", lost, "different values stored to", where, offsets)
         where.stored_by[at], where.stored_at[at] = self._program, self._barriers
 
     def arithmetic(self, lhs: Array, rhs: Array, out: Array, op: Callable[..., Array]) -> None:
+        if "overflow" not in self.checks:
+            return
         exact = op(lhs.astype(np.int64), rhs.astype(np.int64))
         if (exact != out).any():
             value = exact[exact != out].flat[0]
@@ -152,14 +156,17 @@ class Sanitizer:
 
     # ---------------------------------------------------------------------------------- reporting
 
-    def _locate(self, what, ptrs, mask) -> tuple[Allocation, Array, Array] | None:
+    def _locate(
+        self, what: str, ptrs: TensorHandle, mask: Array
+    ) -> tuple[Allocation, Array, Array] | None:
         """The memory that live lanes point into, their offsets in bytes, the units they touch."""
         address = ptrs.data[mask]
         if not (self.checks & MEMORY_CHECKS and len(address)):
             return None
         below = int(np.searchsorted(self._bases, address.min(), side="right")) - 1
         if below < 0:
-            return self._fault("bounds", f"{what} memory of no argument")
+            self._fault("bounds", f"{what} memory of no argument")
+            return None
         where = self._allocations[int(self._bases[below])]
         offsets = (address - np.uint64(where.base)).astype(np.int64)
         size = max(ptrs.get_element_ty().primitive_bitwidth // 8, 1)
@@ -197,20 +204,21 @@ class _WatchedBuilder(DeviceBuilder):
         self.watch.barrier()
 
     def create_masked_load(self, ptrs, mask, other, *policy):
-        live = np.asarray(mask.data)
+        live = _lanes(ptrs, mask)
         self.watch.load(ptrs, live)
         out = super().create_masked_load(ptrs, mask, other, *policy)
         self.watch.loaded(ptrs, out.data, live)
-        if other is None and out.dtype.scalar.is_floating() and out.data.itemsize > 1:
+        # A scalar's `other` of zero arrives as None too: the interpreter takes it for false.
+        if other is None and live.size > 1 and out.dtype.scalar.is_floating():
             out.data[~live] = QUIET_NAN if out.data.dtype == np.uint16 else np.nan
         return out
 
     def create_masked_store(self, ptrs, value, mask, *policy):
-        self.watch.store(ptrs, np.asarray(mask.data), value.data)
+        self.watch.store(ptrs, _lanes(ptrs, mask), value.data)
         return super().create_masked_store(ptrs, value, mask, *policy)
 
     def create_atomic_rmw(self, op, ptr, val, mask, *order):
-        self.watch.store(ptr, np.asarray(mask.data), None)
+        self.watch.store(ptr, _lanes(ptr, mask), None)
         return super().create_atomic_rmw(op, ptr, val, mask, *order)
 
     def create_atomic_cas(self, ptr, cmp, val, *order):
@@ -219,10 +227,15 @@ class _WatchedBuilder(DeviceBuilder):
 
     def binary_op(self, lhs, rhs, op):
         out = super().binary_op(lhs, rhs, op)
-        if op in (np.add, np.subtract, np.multiply) and lhs.dtype.scalar == tl.int32:
-            if rhs.dtype.scalar == tl.int32 and "overflow" in self.watch.checks:
-                self.watch.arithmetic(lhs.data, rhs.data, out.data, op)
+        int32 = lhs.data.dtype == np.int32 and rhs.data.dtype == np.int32
+        if int32 and op in (np.add, np.subtract, np.multiply):
+            self.watch.arithmetic(lhs.data, rhs.data, out.data, op)
         return out
+
+
+def _lanes(ptrs: TensorHandle, mask: Any) -> Array:
+    """Which lanes are live; Triton 3.6 masks a descriptor's loads with a bare array."""
+    return np.broadcast_to(np.asarray(mask.data), ptrs.data.shape)
 
 
 def _tensors(name: str, argument: Any) -> Iterator[tuple[str, Tensor]]:
@@ -238,16 +251,19 @@ def _tensors(name: str, argument: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def sanitize(*, checks: Set[str] = CHECKS, seed: int | None = None) -> Iterator[Sanitizer]:
+def sanitize(
+    *, checks: Set[str] = CHECKS, seed: int | None = None, partial: Set[str] = frozenset()
+) -> Iterator[Sanitizer]:
     """Watch every launch inside. See the module's page for what is checked.
 
     Args:
         checks (set of str): kinds of faults to raise for; {"overflow"} alone keeps no shadow
             memory and so serves tensors of any size. Default: all.
         seed (int or None): of the order that programs run in; None is the natural one.
+        partial (set of str): arguments of kernels that need not be full at the end: scratch.
     """
     install()
-    watch = Sanitizer(checks, seed)
+    watch = Sanitizer(checks, seed, partial)
     initialise = stock.GridExecutor._init_args_hst
 
     def begin(self, positional, keyword):

@@ -1,0 +1,187 @@
+"""What the machine code of a compiled kernel costs, read from the code itself."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+TENSOR_MEMORY = 512  # columns of a streaming multiprocessor, from sm_100 on
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A GPU, as its compiler knows it, and what a program may use of it."""
+
+    backend: str
+    name: int | str
+    warp: int  # threads
+    shared_memory: int  # bytes
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture("cuda", 80, 32, 166_912),
+    "sm_90": Architecture("cuda", 90, 32, 232_448),
+    "sm_100": Architecture("cuda", 100, 32, 232_448),
+    "gfx942": Architecture("hip", "gfx942", 64, 65_536),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """One kernel, compiled for one GPU. Bytes, unless said otherwise."""
+
+    kernel: str
+    arch: str  # of ARCHITECTURES
+    num_warps: int
+    num_stages: int
+    constants: dict[str, str]  # the kernel's compile-time arguments
+    registers: int  # of a thread
+    stack: int  # of a thread: what does not fit in registers is spilled there
+    spills: int  # instructions that move it there and back; on AMD, registers moved
+    shared: int
+    tensor_memory: int  # columns
+    traps: int  # in the kernel itself, where the compiler gave up
+    instructions: int
+    tensor_core: dict[str, int]  # instructions by name
+    loads: dict[int, int]  # from global memory: instructions by bytes a thread
+    stores: dict[int, int]
+
+    def __str__(self) -> str:
+        figures = {
+            "registers": self.registers,
+            "stack": self.stack,
+            "shared": self.shared,
+            "tensor memory": self.tensor_memory,
+            "instructions": self.instructions,
+            "tensor core": self.tensor_core,
+            "loads": self.loads,
+            "stores": self.stores,
+        }
+        return f"{self.kernel} on {self.arch}: " + ", ".join(f"{k} {v}" for k, v in figures.items())
+
+    @property
+    def products(self) -> int:
+        """Tensor-core instructions."""
+        return sum(self.tensor_core.values())
+
+    def faults(self, *, stack: int = 0) -> list[str]:
+        """Why this kernel would not run, or would run slowly: nothing, for one to be shipped."""
+        arch = ARCHITECTURES[self.arch]
+        limits = {
+            "bytes of stack": (self.stack, stack),
+            "bytes of shared memory": (self.shared, arch.shared_memory),
+            "columns of tensor memory": (self.tensor_memory, TENSOR_MEMORY),
+            "traps": (self.traps, 0),
+        }
+        return [
+            f"{self.kernel} on {self.arch}: {found:,} {what}, at most {limit:,}"
+            for what, (found, limit) in limits.items()
+            if found > limit
+        ]
+
+
+def report(compiled: Any, arch: str, constants: dict[str, str]) -> Report:
+    """Read what `triton.compile` made for `arch`."""
+    meta = compiled.metadata
+    read = _read_nvidia if ARCHITECTURES[arch].backend == "cuda" else _read_amd
+    return Report(
+        kernel=meta.name,
+        arch=arch,
+        num_warps=meta.num_warps,
+        num_stages=meta.num_stages,
+        constants=constants,
+        shared=meta.shared,
+        tensor_memory=getattr(meta, "tmem_size", None) or 0,
+        **read(compiled.asm),
+    )
+
+
+# ------------------------------------------------------------------------------------------- NVIDIA
+
+_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
+_SASS_FUNCTION = re.compile(r"^(?=[\w$]+:$)", re.M)
+_NVIDIA_PRODUCT = re.compile(r"HMMA|HGMMA|DMMA|UTC\w*MMA")
+
+
+def _read_nvidia(asm: Any) -> dict[str, Any]:
+    usage = dict(re.findall(r"(REG|STACK):(\d+)", _tool("cuobjdump", "-res-usage", asm["cubin"])))
+    functions = _SASS_FUNCTION.split(_tool("nvdisasm", "-c", asm["cubin"]))
+    # On sm_100 every kernel carries helpers that trap when tensor memory is misused.
+    kernel = "".join(body for body in functions if "guardrail_trap" not in body.split(":", 1)[0])
+    ops = Counter(_SASS.findall(kernel))
+    return dict(
+        registers=int(usage["REG"]),
+        stack=int(usage["STACK"]),
+        spills=sum(n for op, n in ops.items() if op.split(".")[0] in ("LDL", "STL")),
+        traps=ops["BPT.TRAP"],
+        instructions=ops.total(),
+        tensor_core=_by_name(ops, _NVIDIA_PRODUCT),
+        loads=_by_width(ops, ("LDG", "LDGSTS")),
+        stores=_by_width(ops, ("STG",)),
+    )
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [getattr(triton.knobs.nvidia, name).path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _by_name(ops: Counter[str], pattern: re.Pattern[str]) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for op, n in ops.items():
+        if match := pattern.match(op):
+            found[match[0]] += n
+    return dict(found)
+
+
+def _by_width(ops: Counter[str], names: tuple[str, ...]) -> dict[int, int]:
+    """LDG.E.128 loads 16 bytes a thread, LDG.E.U16 two, LDG.E four."""
+    found: Counter[int] = Counter()
+    for op, n in ops.items():
+        name, *suffixes = op.split(".")
+        if name in names:
+            bits = [int(s.lstrip("US")) for s in suffixes if re.fullmatch(r"[US]?(8|16|64|128)", s)]
+            found[(bits or [32])[0] // 8] += n
+    return dict(sorted(found.items()))
+
+
+# ---------------------------------------------------------------------------------------------- AMD
+
+_GCN = re.compile(r"^\t([a-z][a-z0-9_]+)\b", re.M)
+_AMD_PRODUCT = re.compile(r"v_mfma_\w+")
+_AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(\w+)")
+_AMD_WIDTH = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "short": 2, "byte": 1}
+
+
+def _read_amd(asm: Any) -> dict[str, Any]:
+    text = asm["amdgcn"]
+    figures = {name: int(n) for name, n in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.M)}
+    ops = Counter(_GCN.findall(text))
+    widths: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
+    for op, n in ops.items():
+        if match := _AMD_ACCESS.fullmatch(op):
+            widths[match[1]][_amd_width(match[2])] += n
+    return dict(
+        registers=figures["vgpr_count"] + figures.get("agpr_count", 0),
+        stack=figures["private_segment_fixed_size"],
+        spills=figures["vgpr_spill_count"],
+        traps=ops["s_trap"],
+        instructions=ops.total(),
+        tensor_core=_by_name(ops, _AMD_PRODUCT),
+        loads=dict(sorted(widths["load"].items())),
+        stores=dict(sorted(widths["store"].items())),
+    )
+
+
+def _amd_width(suffix: str) -> int:
+    """The bytes of "dwordx4", "lds_dwordx4", "ushort_d16", ..."""
+    return next(size for name, size in sorted(_AMD_WIDTH.items(), reverse=True) if name in suffix)
