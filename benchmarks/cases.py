@@ -1,0 +1,94 @@
+"""What is compared: the registry of cases. Records only; the harness does the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from . import providers
+from .providers import Builder, Inputs
+from .shapes import BOTH, FORWARD, Shape, attention_flop, layer_flop, operator_flop
+
+OURS = "titans_kernels"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to do, and everyone who does it.
+
+    Args:
+        name (str): what `--cases` takes.
+        about (str): a sentence for the report.
+        inputs (Callable): (shape, length, dtype) -> the first `length` tokens of the inputs.
+        definition (Builder): what ours has to compute, from float64 inputs.
+        providers (dict[str, Builder]): ours, by the name OURS, and peers.
+        flop (dict[str, Callable]): by provider, (shape, mode) -> FLOP; not every one has it.
+        shapes, quick (tuple[Shape, ...]): sizes, and tiny ones that only show that all works.
+        modes (tuple[str, ...]): "forward", "forward+backward".
+        per_token (bool): whether the output has a row for each token, of which a prefix can be
+            compared with the definition.
+    """
+
+    name: str
+    about: str
+    inputs: Callable[[Shape, int, torch.dtype], Inputs]
+    definition: Builder
+    providers: dict[str, Builder]
+    flop: dict[str, Callable[[Shape, str], int]]
+    shapes: tuple[Shape, ...]
+    quick: tuple[Shape, ...]
+    modes: tuple[str, ...] = (FORWARD, BOTH)
+    per_token: bool = True
+
+
+TINY = Shape(T=64, H=2, D=16)
+
+CASES = (
+    Case(
+        "layer",
+        "The whole layer, beside titans-pytorch as it comes (its own, cheaper semantics: gates and "
+        "updates once a chunk).",
+        providers.layer_inputs,
+        providers.defined_layer,
+        {OURS: providers.our_layer, "titans-pytorch": providers.titans_pytorch_layer},
+        {OURS: layer_flop},
+        shapes=(Shape(T=2048),),
+        quick=(TINY,),
+    ),
+    Case(
+        "layer-paper",
+        "The whole layer, beside titans-pytorch in the paper's form (chunk_size=1, batch_size=16), "
+        "which is what ours computes.",
+        providers.layer_inputs,
+        providers.defined_layer,
+        {OURS: providers.our_layer, "titans-pytorch paper": providers.titans_pytorch_paper_layer},
+        {OURS: layer_flop},
+        shapes=(Shape(T=512),),
+        quick=(TINY,),
+    ),
+    Case(
+        "operator",
+        "The operator, beside causal softmax attention on the same q, k and v: another model, "
+        "for scale.",
+        providers.operator_inputs,
+        providers.defined_operator,
+        {OURS: providers.our_operator, "SDPA causal": providers.attention},
+        {OURS: operator_flop, "SDPA causal": attention_flop},
+        shapes=tuple(Shape(T=T, chunk=chunk) for chunk in (16, 64) for T in (1024, 4096, 16384)),
+        quick=(TINY,),
+    ),
+    Case(
+        "decode",
+        "One token through the layer after T - 1, in the middle of a chunk.",
+        providers.layer_inputs,
+        providers.defined_step,
+        {OURS: providers.our_step, "titans-pytorch": providers.titans_pytorch_step},
+        {},
+        shapes=(Shape(T=1032),),
+        quick=(Shape(T=40, H=2, D=16),),
+        modes=(FORWARD,),
+        per_token=False,
+    ),
+)

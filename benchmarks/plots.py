@@ -1,0 +1,114 @@
+"""Pictures of a recorded run: `python -m benchmarks.plots benchmarks/results/<name>.json`
+
+Needs matplotlib (`pip install -e '.[bench]'`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .cases import OURS
+from .harness import Row
+from .shapes import BOTH, FORWARD
+
+COLOURS = {OURS: ("#1f4e9c", "#5b9bd5"), "SDPA causal": ("#c0504d",)}
+
+
+def draw(record: Path) -> list[Path]:
+    """Time over length, and ratios to ours, beside the JSON file; those that there are rows for."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+
+    report = json.loads(record.read_text(encoding="utf-8"))
+    rows = [Row.from_record(row) for row in report["rows"] if row["problem"] is None]
+    machine = report["machine"]
+    source = (
+        f"{machine['device']}, {machine['threads']} thread(s), float32, torch {machine['torch']}, "
+        f"commit {machine['commit']}, {machine['date']}"
+    )
+    drawn = []
+    for suffix, plot in (("time", _time_over_length), ("ratios", _ratios)):
+        figure = plot(rows)
+        if figure is not None:
+            figure.text(0.01, 0.01, source, fontsize=7, color="0.4")
+            path = record.with_name(f"{record.stem}-{suffix}.png")
+            figure.savefig(path, dpi=130)
+            drawn.append(path)
+    return drawn
+
+
+def _time_over_length(rows: list[Row]) -> Any:
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    rows = [row for row in rows if row.case == "operator"]
+    if not rows:
+        return None
+    figure = Figure(figsize=(9, 4.2), layout=ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95)))
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, mode in zip(axes, (FORWARD, BOTH), strict=True):
+        for provider, colours in COLOURS.items():
+            chunks = sorted({row.shape.chunk for row in rows})
+            for chunk, colour in zip(chunks, colours, strict=False):
+                points = [
+                    (row.shape.T, (row.median_s or 0) * 1e3)
+                    for row in rows
+                    if (row.mode, row.provider, row.shape.chunk) == (mode, provider, chunk)
+                ]
+                ours = provider == OURS
+                label = f"{provider}, chunk {chunk}" if ours else provider
+                style = "o-" if ours else "s--"
+                axis.plot(*zip(*sorted(points), strict=True), style, color=colour, label=label)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(sorted({row.shape.T for row in rows}))
+        axis.xaxis.set_major_formatter(lambda T, _: f"{T / 1024:g}k" if T >= 1024 else f"{T:g}")
+        axis.set(title=mode, xlabel="tokens")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("milliseconds a call")
+    axes[0].legend(frameon=False)
+    shape = rows[0].shape
+    figure.suptitle(f"The operator, {shape.H} heads of {shape.D}, hidden {shape.hidden}")
+    return figure
+
+
+def _ratios(rows: list[Row]) -> Any:
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    rows = [row for row in rows if row.provider.startswith("titans-pytorch")]
+    if not rows:
+        return None
+    figure = Figure(
+        figsize=(9, 1.4 + 0.5 * len(rows)), layout=ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95))
+    )
+    axes = figure.subplots(1, 2, sharey=True)
+    labels = [f"{row.provider}\n{row.case}, {row.mode}, T {row.shape.T}" for row in rows]
+    quantities = (
+        ("time", "#1f4e9c", [row.time_ratio for row in rows]),
+        ("peak memory", "#5b9bd5", [row.memory_ratio for row in rows]),
+    )
+    for axis, (what, colour, ratios) in zip(axes, quantities, strict=True):
+        widths = [(ratio or 1.0) - 1.0 for ratio in ratios]
+        bars = axis.barh(labels, widths, left=1.0, color=colour, height=0.6)
+        texts = ["" if ratio is None else f" {ratio:.3g}x" for ratio in ratios]
+        axis.bar_label(bars, texts, fontsize=8)
+        axis.axvline(1, color="0.3", linewidth=1)
+        axis.set_xscale("log")
+        known = [ratio for ratio in ratios if ratio] + [1.0]
+        axis.set_xlim(min(known) / 2, max(known) * 4)
+        axis.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}x")
+        axis.set_title(f"{what}, over that of {OURS}", fontsize=10)
+        axis.tick_params(axis="y", labelsize=8)
+    axes[0].invert_yaxis()
+    return figure
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        for drawn in draw(Path(argument)):
+            print(drawn)

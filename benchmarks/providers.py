@@ -1,0 +1,197 @@
+"""Ours, the definition and the peers, each built on given inputs and ready to be called.
+
+A builder takes inputs and a shape and returns a `Task`. It neither times nor prints. A package that
+is missing shows as an ImportError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import reference
+from titans_kernels import NeuralMemory, neural_memory
+from titans_kernels.layers import neural_memory as layer_module
+
+from .shapes import Shape
+
+Inputs = dict[str, Any]  # tensors by name, and tuples of them
+
+
+class Task(NamedTuple):
+    """What is timed: `call` returns the output; `leaves` are what gradients are taken of."""
+
+    call: Callable[[], Tensor]
+    leaves: Sequence[Tensor]
+
+
+Builder = Callable[[Inputs, Shape], Task]
+
+
+# ------------------------------------------------------------------------------------------ inputs
+
+
+def layer_inputs(shape: Shape, length: int, dtype: torch.dtype) -> Inputs:
+    """The first `length` tokens of white noise [B, T, dim]."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape.B, shape.T, shape.dim, generator=generator, dtype=torch.float64)
+    return {"x": x[:, :length].to(dtype).requires_grad_()}
+
+
+def operator_inputs(shape: Shape, length: int, dtype: torch.dtype) -> Inputs:
+    """The first `length` tokens of unit q, k, v and of gates small enough for a stable memory."""
+    generator = torch.Generator().manual_seed(0)
+    B, T, H, D = shape.B, shape.T, shape.H, shape.D
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.to(dtype).contiguous().requires_grad_()
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    inputs: Inputs = {n: leaf(F.normalize(randn(B, T, H, D), dim=-1)[:, :length]) for n in "qkv"}
+    for name, largest in (("theta", 0.02), ("alpha", 0.004), ("eta", 0.9)):
+        gate = largest * torch.rand(B, T, H, generator=generator, dtype=torch.float64)
+        inputs[name] = leaf(gate[:, :length])
+    widths = (D, shape.hidden, D)
+    inputs["weights"] = tuple(leaf(randn(H, i, o) / i**0.5) for i, o in pairwise(widths))
+    inputs["norm"] = leaf((1 + 0.1 * randn(H, D)) / D**0.5), leaf(0.1 * randn(H, D) / D**0.5)
+    return inputs
+
+
+def _leaves(inputs: Inputs) -> list[Tensor]:
+    flat: list[Tensor] = []
+    for value in inputs.values():
+        flat += value if isinstance(value, tuple) else [value]
+    return flat
+
+
+# ------------------------------------------------------------------------------------------- ours
+
+
+def our_operator(inputs: Inputs, shape: Shape) -> Task:
+    def call() -> Tensor:
+        return neural_memory(**inputs, chunk_size=shape.chunk, backend="torch")[0]
+
+    return Task(call, _leaves(inputs))
+
+
+def our_layer(inputs: Inputs, shape: Shape) -> Task:
+    x, layer = inputs["x"], _our_layer(inputs, shape)
+    return Task(lambda: layer(x)[0], [x, *layer.parameters()])
+
+
+def our_step(inputs: Inputs, shape: Shape) -> Task:
+    """The last token, after all others."""
+    x, layer = inputs["x"], _our_layer(inputs, shape)
+    with torch.no_grad():
+        _, state = layer(x[:, :-1])
+    return Task(lambda: layer.step(x[:, -1], state)[0], [])
+
+
+def _our_layer(inputs: Inputs, shape: Shape) -> NeuralMemory:
+    def build() -> NeuralMemory:
+        return NeuralMemory(
+            shape.dim,
+            heads=shape.H,
+            dim_head=shape.D,
+            expansion=shape.expansion,
+            chunk_size=shape.chunk,
+            backend="torch",
+        )
+
+    return _seeded(build).to(inputs["x"])
+
+
+def _seeded(build: Callable[[], Any]) -> Any:
+    """The same parameters for every dtype, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build()
+
+
+# ------------------------------------------------------------------------------------- definition
+
+
+def defined_operator(inputs: Inputs, shape: Shape) -> Task:
+    def call() -> Tensor:
+        return reference.neural_memory(**inputs, chunk_size=shape.chunk)[0]
+
+    return Task(call, _leaves(inputs))
+
+
+def defined_layer(inputs: Inputs, shape: Shape) -> Task:
+    """Our layer's projections and convolutions, and the definition of the memory between them."""
+    x, layer = inputs["x"], _our_layer(inputs, shape)
+
+    def memory(*args: Any, backend: str, **kwargs: Any) -> tuple[Tensor, Any]:
+        return reference.neural_memory(*args, **kwargs)
+
+    def call() -> Tensor:
+        with mock.patch.object(layer_module, "neural_memory", memory):
+            return layer(x)[0]
+
+    return Task(call, [x, *layer.parameters()])
+
+
+def defined_step(inputs: Inputs, shape: Shape) -> Task:
+    task = defined_layer(inputs, shape)
+    return Task(lambda: task.call()[:, -1], [])
+
+
+# ------------------------------------------------------------------------------------------ peers
+
+
+def titans_pytorch_layer(inputs: Inputs, shape: Shape) -> Task:
+    """Its default: updates, momentum and decay once a chunk, cheaper than the paper's."""
+    layer = _titans_pytorch(inputs, shape, chunk_size=shape.chunk)
+    return Task(lambda: layer(inputs["x"])[0], [inputs["x"], *layer.parameters()])
+
+
+def titans_pytorch_paper_layer(inputs: Inputs, shape: Shape) -> Task:
+    """The paper's form: gates and an update per token, gradients anchored every `batch_size`."""
+    layer = _titans_pytorch(inputs, shape, chunk_size=1, batch_size=shape.chunk)
+    return Task(lambda: layer(inputs["x"])[0], [inputs["x"], *layer.parameters()])
+
+
+def titans_pytorch_step(inputs: Inputs, shape: Shape) -> Task:
+    x, layer = inputs["x"], _titans_pytorch(inputs, shape, chunk_size=shape.chunk)
+    with torch.no_grad():
+        _, state = layer(x[:, :-1])
+    return Task(lambda: layer(x[:, -1:], state=state)[0], [])
+
+
+def _titans_pytorch(inputs: Inputs, shape: Shape, **chunks: int) -> nn.Module:
+    import titans_pytorch
+
+    def build() -> nn.Module:
+        return titans_pytorch.NeuralMemory(
+            dim=shape.dim,
+            heads=shape.H,
+            dim_head=shape.D,
+            model=titans_pytorch.MemoryMLP(
+                dim=shape.D, depth=2, expansion_factor=float(shape.expansion)
+            ),
+            **chunks,
+        )
+
+    return _seeded(build).to(inputs["x"])
+
+
+def attention(inputs: Inputs, shape: Shape) -> Task:
+    """Causal softmax attention on the same q, k and v: another model, for scale."""
+    q, k, v = (inputs[name] for name in "qkv")
+
+    def call() -> Tensor:
+        o = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+        )
+        return o.transpose(1, 2)
+
+    return Task(call, [q, k, v])
