@@ -126,6 +126,8 @@ def _shapes():
         )
     for D in (32, 48, 96):
         yield Case(f"D {D} linear", 20, depth=1, D=D, per_layer=True)
+    for D, depth in product((144, 256), (1, 2)):
+        yield Case(f"D {D} depth {depth}", 20, 16, depth, D=D, group=1)
     yield Case("two rows of three heads", 20, B=2, H=3)
     yield Case("two rows of three heads, linear", 20, depth=1, B=2, H=3)
     yield Case("tile 64x64, whole chunks", 70, 16, hidden=64, tile=(64, 64))

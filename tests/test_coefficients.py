@@ -60,7 +60,7 @@ CASES = [
 
 
 def _by_recurrence(theta, alpha, eta, valid):
-    """Rows of a, (c, G) and (p, P) after 0..n tokens, by the recurrences of MATH section 2.
+    """Rows of a, (c, G) and (p, P) after 0..n tokens, row by row.
 
     A state is a row: what multiplies S_0, then each of the n surprises, its sign aside.
     """

@@ -164,7 +164,7 @@ class _Matmul(Function):
 
 
 def _chunk_coefficients(theta, alpha, eta):
-    """a, c, p [..., C, 1] and G, P [..., C, C] of MATH section 2, row by row."""
+    """a, c, p [..., C, 1] and G, P [..., C, C]: shares of W_0, S_0 and surprises, row by row."""
     C = theta.shape[-1]
     unit = torch.eye(C, dtype=theta.dtype)
     a = p = torch.ones_like(theta[..., :1])

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-@dataclass
+@dataclass(eq=False)  # tensors have no one truth value
 class MemoryState:
     """The memory of N sequences after any number of tokens.
 

@@ -95,20 +95,30 @@ class NormGrad(NamedTuple):
 class Standardised(NamedTuple):
     """LayerNorm's core: n = (y - mean) rstd of every token.
 
-    Spelled out, since torch's own layer_norm cannot be differentiated three times.
+    torch's own kernels are one pass, but cannot be differentiated three times, as the operator's
+    second derivatives need; under autograd the same is spelled out.
     """
 
+    y: Tensor  # [R, n, D]
     n: Tensor  # [R, n, D]
+    mean: Tensor  # [R, n, 1]
     rstd: Tensor  # [R, n, 1]
 
     @classmethod
     def of(cls, y: Tensor) -> Standardised:
-        centred = y - y.mean(-1, keepdim=True)
+        if not torch.is_grad_enabled():
+            return cls(y, *torch.native_layer_norm(y, y.shape[-1:], None, None, EPS))
+        mean = y.mean(-1, keepdim=True)
+        centred = y - mean
         rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + EPS)
-        return cls(centred * rstd, rstd)
+        return cls(y, centred * rstd, mean, rstd)
 
     def jacobian(self, u: Tensor) -> Tensor:
         """dn/dy times u: rstd (u - mean(u) - n mean(u n)). It is its own transpose."""
+        if not torch.is_grad_enabled():
+            return torch.ops.aten.native_layer_norm_backward(
+                u, self.y, u.shape[-1:], self.mean, self.rstd, None, None, (True, False, False)
+            )[0]
         along = (u * self.n).mean(-1, keepdim=True)
         return self.rstd * torch.addcmul(u - u.mean(-1, keepdim=True), self.n, along, value=-1)
 

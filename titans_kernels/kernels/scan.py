@@ -111,6 +111,8 @@ def scan_kernel(
     i_n, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_i, o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, BC), tl.arange(0, BD), tl.arange(0, BH)
     m_d = o_d < D
+    BU: tl.constexpr = BD if BD < 128 else 128
+    o_u = tl.arange(0, BU)
     i_s = i_n * H + i_h
     W: tl.constexpr = D * HIDDEN
     OP: tl.constexpr = p_k.dtype.element_ty
@@ -275,36 +277,12 @@ def scan_kernel(
             whole = (SPAN > 1) & ((group + i_block + 1) % SPAN == 0)
             if SPAN > 1:  # the last block of a chunk that lacks tokens does not make it whole
                 whole = whole & (count == CHUNK - (SPAN - 1) * TOKENS)
-            if DEPTH == 1:
-                o = o_d[:, None] * D + o_d[None, :]
-                m = m_d[:, None] & m_d[None, :]
-                b_d = tl.load(  # [BT, BD]
-                    p_d2b + o_i[:, None] * D + o_d[None, :],
-                    mask=m_i[:, None] & m_d[None, :],
-                    other=0.0,
-                )
-                advance(
-                    b_k,
-                    b_d,
-                    p_W1,
-                    p_S1,
-                    p_W1_out + i_x * W,
-                    p_S1_out + i_x * W,
-                    p_W1_anchor,
-                    p_S1_anchor,
-                    p_end1,
-                    o,
-                    m,
-                    o_i,
-                    more,
-                    whole,
-                    BT,
-                    PRECISION,
-                )
-            else:
-                b_d2 = tl.load(  # [BT, BD]
-                    p_d2b + o_i[:, None] * D + o_d[None, :],
-                    mask=m_i[:, None] & m_d[None, :],
+            # Parts of D by slices of the hidden dimension: W and S of a tile fit in registers.
+            for i in tl.range(0, D, BU, num_stages=1, disable_licm=True):
+                m_u = i + o_u < D
+                b_ku = tl.load(  # [BU, BT]
+                    p_k + o_token[None, :] + (i + o_u)[:, None],
+                    mask=m_i[None, :] & m_u[:, None],
                     other=0.0,
                 )
                 for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
@@ -314,10 +292,8 @@ def scan_kernel(
                         mask=m_i[:, None] & m_h[None, :],
                         other=0.0,
                     )
-                    o = o_d[:, None] * HIDDEN + (j + o_h)[None, :]
-                    m = m_d[:, None] & m_h[None, :]
                     advance(
-                        b_k,
+                        b_ku,
                         b_d1,
                         p_W1,
                         p_S1,
@@ -326,37 +302,41 @@ def scan_kernel(
                         p_W1_anchor,
                         p_S1_anchor,
                         p_end1,
-                        o,
-                        m,
+                        (i + o_u)[:, None] * HIDDEN + (j + o_h)[None, :],
+                        m_u[:, None] & m_h[None, :],
                         o_i,
                         more,
                         whole,
                         BT,
                         PRECISION,
                     )
-                    b_x = tl.load(  # [BH, BT]
-                        p_xb + o_i[None, :] * HIDDEN + (j + o_h)[:, None],
-                        mask=m_i[None, :] & m_h[:, None],
-                        other=0.0,
-                    )
-                    o = (j + o_h)[:, None] * D + o_d[None, :]
-                    m = m_h[:, None] & m_d[None, :]
-                    advance(
-                        b_x,
-                        b_d2,
-                        p_W2,
-                        p_S2,
-                        p_W2_out + i_x * W,
-                        p_S2_out + i_x * W,
-                        p_W2_anchor,
-                        p_S2_anchor,
-                        p_end2,
-                        o,
-                        m,
-                        o_i,
-                        more,
-                        whole,
-                        BT,
-                        PRECISION,
-                    )
+                    if DEPTH == 2:
+                        b_x = tl.load(  # [BH, BT]
+                            p_xb + o_i[None, :] * HIDDEN + (j + o_h)[:, None],
+                            mask=m_i[None, :] & m_h[:, None],
+                            other=0.0,
+                        )
+                        b_d2 = tl.load(  # [BT, BU]
+                            p_d2b + o_i[:, None] * D + (i + o_u)[None, :],
+                            mask=m_i[:, None] & m_u[None, :],
+                            other=0.0,
+                        )
+                        advance(
+                            b_x,
+                            b_d2,
+                            p_W2,
+                            p_S2,
+                            p_W2_out + i_x * W,
+                            p_S2_out + i_x * W,
+                            p_W2_anchor,
+                            p_S2_anchor,
+                            p_end2,
+                            (j + o_h)[:, None] * D + (i + o_u)[None, :],
+                            m_h[:, None] & m_u[None, :],
+                            o_i,
+                            more,
+                            whole,
+                            BT,
+                            PRECISION,
+                        )
             tl.debug_barrier()

@@ -1,0 +1,260 @@
+"""The Triton kernels in float32 and shorter dtypes: they lose what rounding alone costs.
+
+One body serves the interpreter and a GPU. Every run is on poisoned memory: what `torch.empty` makes
+is NaN, so an entry that no kernel writes, or that one reads too early, is seen.
+"""
+
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from kernel_cases import CASES, forced, inputs_of
+from yardstick import assert_within_yardstick, flat, rounded, rounded_inputs
+
+import reference
+from titans_kernels import neural_memory, retrieve
+from titans_kernels.kernels import operator
+from titans_kernels.kernels.tiles import Tile, tile
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+if INTERPRETED or DEVICE == "cpu":
+    from triton_support.interpreter import install
+
+    install()
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def _poisoned():
+    """Memory that nobody wrote is NaN."""
+
+    def filled(make):
+        def empty(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        return empty
+
+    with ExitStack() as stack:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch = mock.patch.object(owner, name, filled(getattr(owner, name)))
+            stack.enter_context(patch)
+        yield
+
+
+def _to(x, place):
+    """The same nest of tensors on a device or of a dtype."""
+    if isinstance(x, dict):
+        return {name: _to(part, place) for name, part in x.items()}
+    if isinstance(x, tuple):
+        return tuple(_to(part, place) for part in x)
+    if hasattr(x, "momentum"):
+        return x.map(lambda part: _to(part, place))
+    if not torch.is_tensor(x) or (isinstance(place, torch.dtype) and not x.is_floating_point()):
+        return x
+    return x.detach().to(place)
+
+
+def _kernels(inputs, **options):
+    """o and the final state of the kernels, by name, on the CPU."""
+    with torch.no_grad(), _poisoned():
+        o, state = neural_memory(
+            **_to(inputs, DEVICE), **options, backend="triton", output_final_state=True
+        )
+    return flat({"o": o.cpu(), "state": _to(state, "cpu")})
+
+
+def _read(inputs):
+    """The queries' answers at the weights that a sequence starts with, on the CPU."""
+    q, weights, norm = (_to(inputs[name], DEVICE) for name in ("q", "weights", "norm"))
+    with torch.no_grad(), _poisoned():
+        return retrieve(q, weights, norm=norm, backend="triton").cpu()
+
+
+def _read_exactly(exact, dtype):
+    """The same of the definition, and of the yardstick where no token teaches anything."""
+    still = {name: torch.zeros_like(exact[name]) for name in ("theta", "alpha", "eta")}
+    yard, _ = rounded(**exact | still, dtype=dtype, chunk_size=exact["q"].shape[1])
+    want = reference.retrieve(exact["q"], exact["weights"], norm=exact["norm"])
+    return want.detach(), yard.detach()
+
+
+def _values(op, inputs, **options):
+    o, state = op(**inputs, **options)
+    return {name: x.detach() for name, x in flat({"o": o, "state": state}).items()}
+
+
+def _with(sizes):
+    """Patch the operator's tile, unless it is the one that ships."""
+    if sizes is None:
+        return mock.patch.object(operator, "tile", tile)
+    return mock.patch.object(operator, "tile", lambda *_: Tile(*sizes))
+
+
+# ----------------------------------------------------------------------------- half precision
+
+SMALL = {"T": 80, "D": 16, "hidden": 32}
+ROWS = {
+    "chunks of 16": {"tile": (32, 32)},
+    "shipped tile": {"tile": None},
+    "short chunks": {"tile": (16, 16), "chunk": 4},
+    "one chunk over blocks": {"tile": (16, 16), "chunk": 40},
+    "padded head dimension": {"tile": (32, 32), "D": 48, "hidden": 64},
+    "no norm": {"tile": (32, 32), "norm": False},
+    "linear": {"tile": (32, 32), "depth": 1, "norm": False},
+    "linear with norm": {"tile": (32, 32), "depth": 1},
+}
+LARGE = {
+    f"D {D}, chunk {chunk}, depth {depth}": {
+        "tile": None,
+        "T": 300,
+        "D": D,
+        "hidden": 4 * D,
+        "chunk": chunk,
+        "depth": depth,
+    }
+    for D in (16, 48, 64, 128, 256)
+    for chunk, depth in ((16, 2), (100, 2), (16, 1))
+}
+ALL = {name: SMALL | {"chunk": 16, "depth": 2} | row for name, row in (ROWS | LARGE).items()}
+
+
+def _pooled(dtype, name):
+    """Of several seeds, by tensor: what kernels, definition and yardstick give."""
+    row = dict(ALL[name])
+    sizes, chunk = row.pop("tile"), row.pop("chunk")
+    runs = []
+    for seed in range(3):
+        inputs, exact = rounded_inputs(dtype, seed=seed, B=1, H=2, **row)
+        with _with(sizes):
+            got = _kernels(inputs, chunk_size=chunk)
+        want = _values(reference.neural_memory, exact, chunk_size=chunk, output_final_state=True)
+        yard = _values(rounded, exact, dtype=dtype, chunk_size=chunk)
+        runs.append((got, want, yard))
+    assert runs[0][0]["o"].dtype == dtype
+    assert runs[0][0]["state.weights[0]"].dtype == torch.float32
+    return {
+        tensor: [torch.cat([run[i][tensor].double().flatten() for run in runs]) for i in range(3)]
+        for tensor in runs[0][2]
+    }
+
+
+NAMES = [pytest.param(x, marks=[pytest.mark.gpu] if x in LARGE else []) for x in ALL]
+
+# The scan keeps errors in the dtype of its operands, and rounds them again when it scales them by
+# gates for the update; the yardstick rounds once. One operand of two roundings costs this much.
+TWICE = 2**0.5
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+def test_half_precision_by_the_yardstick(name, dtype):
+    pooled = _pooled(dtype, name)
+    assert_within_yardstick("o", *pooled.pop("o"))
+    for tensor, values in pooled.items():
+        assert_within_yardstick(tensor, *values, rms=1.25 * TWICE, largest=2.0 * TWICE)
+
+
+@pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_reading_by_the_yardstick(depth, dtype):
+    inputs, exact = rounded_inputs(dtype, B=1, T=70, H=2, D=48, hidden=64, depth=depth)
+    o = _read(inputs)
+    assert o.dtype == dtype
+    assert_within_yardstick("o", o, *_read_exactly(exact, dtype))
+
+
+# ------------------------------------------------------------------------------------- float32
+
+# What a sum in another order may cost, by experience with plain autograd in float32.
+ANOTHER_ORDER = {"rms": 4.0, "largest": 4.0}
+
+
+@pytest.mark.parametrize("case", CASES[::10], ids=str)
+def test_float32_of_every_kind_of_case(case):
+    inputs = _to(inputs_of(case), torch.float32)
+    with forced(case):
+        got = _kernels(inputs)
+    want = _values(reference.neural_memory, _to(inputs, torch.float64), output_final_state=True)
+    for name, exact in want.items():
+        if exact.numel():
+            error, limit = (got[name].double() - exact).abs().max(), 2e-6 * exact.abs().max()
+            assert error <= limit, f"{name}: error {error:.1e}, bound {limit:.1e}"
+
+
+def _float32(depth):
+    """What kernels, definition and the PyTorch backend make of float32, pooled over seeds."""
+    runs = []
+    for seed in range(4):
+        inputs, exact = rounded_inputs(
+            torch.float32, seed=seed, B=1, T=80, H=2, D=16, hidden=32, depth=depth
+        )
+        with _with((32, 32)):
+            got = _kernels(inputs)
+        want = _values(reference.neural_memory, exact, output_final_state=True)
+        other = _values(neural_memory, inputs, backend="torch", output_final_state=True)
+        runs.append((got, want, other))
+    return {
+        name: [torch.cat([run[i][name].double().flatten() for run in runs]) for i in range(3)]
+        for name in runs[0][1]
+    }
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_float32_loses_what_the_torch_backend_loses(depth):
+    for name, values in _float32(depth).items():
+        assert_within_yardstick(name, *values, **ANOTHER_ORDER)
+
+
+@contextmanager
+def _tf32(allowed):
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_tf32_only_when_torch_says_so():
+    """tf32 has fp16's ten bits of fraction; cut off, not rounded, they cost twice as much."""
+    inputs, exact = rounded_inputs(torch.float16, B=1, T=80, H=2, D=16, hidden=32, depth=2)
+    inputs = _to(inputs, torch.float32)
+    learned = (
+        _values(reference.neural_memory, exact)["o"],
+        _values(rounded, exact, dtype=torch.float16)["o"],
+    )
+    judges = {"learned": learned, "read": _read_exactly(exact, torch.float16)}
+    with _tf32(False):
+        ieee = {"learned": _kernels(inputs)["o"], "read": _read(inputs)}
+    with _tf32(True):
+        tf32 = {"learned": _kernels(inputs)["o"], "read": _read(inputs)}
+    for name, (want, yard) in judges.items():
+        assert_within_yardstick(name, tf32[name], want, yard, 2.5, 4.0)
+        error, coarse = ((x[name].double() - want).norm() for x in (ieee, tf32))
+        assert error < coarse / 50
+
+
+# ------------------------------------------------------------------------------ the same bits
+
+
+REPEATS = [pytest.param(64, 16, 3, id="small")] + [
+    pytest.param(D, chunk, 250, id=f"D {D} chunk {chunk}", marks=pytest.mark.gpu)
+    for D in (16, 48, 64, 128, 256)
+    for chunk in (16, 100)
+]
+
+
+@pytest.mark.parametrize("D, chunk, runs", REPEATS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=("bf16", "fp32"))
+def test_runs_agree_to_the_bit(D, chunk, runs, dtype):
+    """With the tile that ships; what races would differ, where programs run side by side."""
+    T = 70 if runs < 10 else 500
+    inputs, _ = rounded_inputs(dtype, B=2, T=T, H=2, D=D, hidden=2 * D, depth=2)
+    first = _kernels(inputs, chunk_size=chunk) | {"read": _read(inputs)}
+    assert all(x.isfinite().all() for x in first.values())
+    for _ in range(runs - 1):
+        again = _kernels(inputs, chunk_size=chunk) | {"read": _read(inputs)}
+        assert all(torch.equal(again[name], x) for name, x in first.items())
