@@ -25,6 +25,7 @@ class MemoryState:
         momentum (tuple[Tensor, ...]): likewise, S of `S_t = eta_t S_{t-1} - theta_t g_t`.
         k, v (Tensor): [N, chunk_size, H, D], the open chunk's tokens first, then zeros.
         theta, alpha, eta (Tensor): [N, chunk_size, H] or [N, chunk_size, H, L], likewise.
+            Go on with gates of the same dtype: others are rounded to theirs.
         length (Tensor): [N] int32, tokens in the open chunk, 0 to chunk_size - 1.
     """
 

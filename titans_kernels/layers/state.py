@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ..state import MemoryState
 
 
-@dataclass
+@dataclass(eq=False)  # tensors have no one truth value
 class LayerState:
     """A layer's N sequences after any number of tokens; its size does not depend on how many.
 
