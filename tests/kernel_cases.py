@@ -31,7 +31,7 @@ class Case:
     residual: bool = True
     activation: str = "gelu_tanh"
     per_layer: bool = False  # gates
-    tile: tuple[int, int] = (16, 16)  # tokens to a block, hidden units to a slice
+    tile: tuple[int, ...] = (16, 16)  # tokens to a block, hidden units to a slice, queries at once
     group: int | None = None  # blocks of a sequence at a time; None: as many as fit into 2,048
     lengths: tuple[int, ...] | None = None  # of packed sequences, T in all
     past: tuple[int, ...] | None = None  # tokens that each sequence has behind it
@@ -71,7 +71,7 @@ def inputs_of(case):
 
 def _named(case, *parts):
     """A case with its options in its name."""
-    parts += (f"depth {case.depth}", f"tile {case.tile[0]}x{case.tile[1]}")
+    parts += (f"depth {case.depth}", "tile {}".format("x".join(map(str, case.tile))))
     parts += (case.activation,) if case.depth == 2 else ()
     parts += tuple(x for x in ("norm", "residual", "per_layer") if getattr(case, x))
     parts += () if case.past is None else ("past {}".format("+".join(map(str, case.past))),)
@@ -100,7 +100,7 @@ def _sizes():
             residual=turn.random() < 0.6,
             activation=turn.choice(ACTIVATIONS),
             per_layer=turn.random() < 0.5,
-            tile=turn.choice(((16, 16), (16, 32), (32, 16), (32, 32))),
+            tile=turn.choice(((16, 16), (16, 32), (32, 16), (32, 32), (32, 16, 16))),
             group=turn.choice((None, 1, 2)),
             past=None if behind is None else (behind,),
             seed=turn.randrange(1000),
@@ -135,6 +135,11 @@ def _shapes():
     yield Case("tile 64x64, chunk over blocks", 150, 100, hidden=64, tile=(64, 64), norm=False)
     yield Case("tile 64x64, linear", 70, 16, depth=1, D=64, tile=(64, 64))
     yield Case("tile 64x64, packed", 80, 16, lengths=(65, 0, 15), tile=(64, 64), past=(3, 20, 40))
+    yield Case("tile 64x64x32", 70, 16, hidden=96, tile=(64, 64, 32), H=2)
+    yield Case(
+        "tile 64x32x32, packed", 80, 20, lengths=(33, 0, 47), tile=(64, 32, 32), past=(0, 9, 40)
+    )
+    yield Case("tile 64x32x16, linear", 70, 5, depth=1, D=48, tile=(64, 32, 16), past=(33,))
     yield Case("tile 16x64", 33, 16, hidden=128, tile=(16, 64))
     yield Case("tile 64x16", 70, 16, hidden=48, tile=(64, 16))
     yield Case("tile 128x16", 150, 16, depth=1, tile=(128, 16))

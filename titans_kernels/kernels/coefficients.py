@@ -12,7 +12,7 @@ import triton.language as tl
 from .blocks import block_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group"])
 def coefficients_kernel(
     p_theta,  # [M, H, L]
     p_alpha,

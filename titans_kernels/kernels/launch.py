@@ -123,7 +123,7 @@ def coefficients(tokens: Tokens, scratch: Scratch, first_block: int, problem: Pr
         TOKENS=problem.blocks.tokens,
         SPAN=problem.blocks.span,
         BT=BT,
-        num_warps=1 if BT <= 64 else 2,
+        **problem.tile.coefficients.options(),
     )
 
 
@@ -176,8 +176,7 @@ def scan(
         BC=max(16, triton.next_power_of_2(chunk)),
         **problem.sizes(tokens, weights[0].shape[-1]),
         **problem.options(depth),
-        num_warps=problem.tile.scan_warps,
-        num_stages=1,
+        **problem.tile.scan.options(),
     )
 
 
@@ -187,7 +186,7 @@ def retrieve(
     """Answers of one group's tokens into o, [Mq, H, D]."""
     depth, last = len(scratch.d), len(scratch.d) - 1
     slots, H = scratch.a.shape[:2]
-    retrieve_kernel[(slots, H)](
+    retrieve_kernel[(slots, H, problem.tile.block // problem.tile.queries)](
         p_q=q,
         p_k=tokens.k,
         p_x=scratch.x,
@@ -207,10 +206,10 @@ def retrieve(
         p_ask=tokens.ask,
         group=first_block,
         hidden=scratch.weights[0].shape[-1],
+        BQ=problem.tile.queries,
         **problem.sizes(tokens, scratch.weights[0].shape[-1]),
         **problem.options(depth),
-        num_warps=problem.tile.read_warps,
-        num_stages=2,
+        **problem.tile.retrieve.options(),
     )
 
 
@@ -246,7 +245,6 @@ def recall(
             BD=max(16, triton.next_power_of_2(D)),
             BH=tile.slice,
             **network_options(len(weights), activation, residual, norm),
-            num_warps=tile.read_warps,
-            num_stages=2,
+            **tile.recall.options(),
         )
     return o

@@ -16,7 +16,7 @@ from ..chunked import Options
 from ..state import MemoryState
 from . import launch
 from .launch import Problem, Tokens
-from .tiles import Blocks, Tile, tile
+from .tiles import Blocks, Tile, architecture, tile
 
 GROUP = 2048  # tokens of a sequence whose scratch is held at a time
 
@@ -126,7 +126,7 @@ def neural_memory(
         W = [w.to(acc, copy=True).contiguous() for w in initial_state.weights]
         S = [s.to(acc, copy=True).contiguous() for s in initial_state.momentum]
 
-    size = use or tile(D, weights[0].shape[-1], q.dtype)
+    size = use or tile(D, weights[0].shape[-1], q.dtype, architecture(q.device))
     chunk = min(chunk_size, 2**31 - 1)  # kernels count a chunk's tokens in int32
     blocks = Blocks.of(chunk, size)
     anchor = (W, S) if blocks.span == 1 else ([x.clone() for x in W], [x.clone() for x in S])
@@ -136,7 +136,9 @@ def neural_memory(
         whole, rest = divmod(longest, chunk)
         most = whole * blocks.span + ceil(rest / blocks.tokens)
     total = ceil(len(tokens.k) / blocks.tokens) + N  # blocks of all sequences, at most
-    group = max(1, min(most, GROUP // size.block, ceil(total / max(N, 1))))
+    wanted = max(1, min(most, ceil(total / max(N, 1))))
+    # A power of two: kernels are compiled for it, and must not be anew for every length.
+    group = max(1, min(1 << (wanted - 1).bit_length(), GROUP // size.block))
 
     packed = _packed(norm, acc)
     problem = Problem(chunk, blocks, group, *options, packed, size)
@@ -175,6 +177,6 @@ def retrieve(
         cu,
         longest,
         *options,
-        use or tile(D, weights[0].shape[-1], q.dtype),
+        use or tile(D, weights[0].shape[-1], q.dtype, architecture(q.device)),
     )
     return o.view(q.shape)

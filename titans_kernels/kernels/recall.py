@@ -9,7 +9,7 @@ import triton.language as tl
 from .network import activate, head
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def recall_kernel(
     p_q,  # [M, H, D]
     p_W1,  # [N, H, D, HIDDEN]
@@ -38,10 +38,12 @@ def recall_kernel(
         return
     o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BH)
     m_d = o_d < D
-    o = ((first + o_t) * H + i_h)[None, :] * D + o_d[:, None]  # [BD, BT]
+    o = o_t[None, :] * (H * D) + o_d[:, None]  # [BD, BT]
     m = (first + o_t < end)[None, :] & m_d[:, None]
     OP: tl.constexpr = p_q.dtype.element_ty
     ACC: tl.constexpr = p_norm.dtype.element_ty
+    p_q += (first * H + i_h) * D
+    p_o += (first * H + i_h) * D
     p_W1 += (i_n * H + i_h) * D * HIDDEN
     p_W2 += (i_n * H + i_h) * D * HIDDEN
 
@@ -62,6 +64,7 @@ def recall_kernel(
             b_w = tl.load(p_W2 + o_w, mask=m_h[None, :] & m_d[:, None], other=0.0)  # [BD, BH]
             b_y = tl.dot(b_w, b_h, b_y, input_precision=PRECISION, out_dtype=ACC)
 
-    b_x = tl.load(p_q + o, mask=m, other=0.0).to(ACC)
+    # The modifier, a load's default, keeps the compiler from holding q in registers all along.
+    b_x = tl.load(p_q + o, mask=m, other=0.0, cache_modifier=".ca").to(ACC)
     b_o = head(b_y, b_x, p_norm + i_h * 2 * D, o_d, m_d, D, HAS_NORM, RESIDUAL)
     tl.store(p_o + o, b_o.to(OP), mask=m)

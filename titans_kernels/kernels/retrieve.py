@@ -2,7 +2,8 @@
 
     y_l = a_t (x W_l) + c_t (x S_l) - sum_{i <= t} G[t, i] (x . X_i) D_i
 
-Grid: (slots, heads), everything parallel. Reads the states, inputs and errors that `scan` left.
+Grid: (slots, heads, BT // BQ), everything parallel, BQ queries to a program. Reads the states,
+inputs and errors that `scan` left.
 """
 
 import triton
@@ -12,7 +13,7 @@ from .blocks import block_of
 from .network import activate, head
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group"])
 def retrieve_kernel(
     p_q,  # [Mq, H, D]
     p_k,  # [M, H, D]
@@ -42,6 +43,7 @@ def retrieve_kernel(
     TOKENS: tl.constexpr,
     SPAN: tl.constexpr,
     BT: tl.constexpr,
+    BQ: tl.constexpr,
     BD: tl.constexpr,
     BH: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -52,7 +54,8 @@ def retrieve_kernel(
 ):
     i_slot, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first, count, _ = block_of(p_cu, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
-    if count == 0:
+    o_q = tl.program_id(2) * BQ + tl.arange(0, BQ)
+    if count <= tl.program_id(2) * BQ:
         return
     n = i_slot // BLOCKS
     # token `first + t` asks query `ask + t`, where there is one
@@ -60,28 +63,32 @@ def retrieve_kernel(
     ask = tl.load(p_ask + n) + before
     o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BH)
     m_t, m_d = o_t < count, o_d < D
-    m_q = m_t & (before + o_t >= 0)
+    m_q = (o_q < count) & (before + o_q >= 0)
     i_b = i_slot * H + i_h
     p_norm += i_h * 2 * D
 
     OP: tl.constexpr = p_k.dtype.element_ty
     ACC: tl.constexpr = p_G.dtype.element_ty
-    p_query = ((ask + o_t) * H + i_h) * D
-    b_q = tl.load(  # [BD, BT]
-        p_q + p_query[None, :] + o_d[:, None], mask=m_q[None, :] & m_d[:, None], other=0.0
-    )
-    o_k = ((first + o_t) * H + i_h) * D
+    p_q += (ask * H + i_h) * D
+    p_o += (ask * H + i_h) * D
+    p_k += (first * H + i_h) * D
+    p_x += i_b * BT * HIDDEN
+    p_d1 += i_b * BT * HIDDEN
+    p_d2 += i_b * BT * D
+    o_qd = o_q[None, :] * (H * D) + o_d[:, None]
+    m_qd = m_q[None, :] & m_d[:, None]
+    b_q = tl.load(p_q + o_qd, mask=m_qd, other=0.0)  # [BD, BQ]
     b_k = tl.load(  # [BT, BD]
-        p_k + o_k[:, None] + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0
+        p_k + o_t[:, None] * (H * D) + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0
     )
     p_a += i_b * L * BT
     p_c += i_b * L * BT
     p_G += i_b * L * BT * BT
-    b_a = tl.load(p_a + o_t)
-    b_c = tl.load(p_c + o_t)
-    b_G = tl.load(p_G + o_t[None, :] * BT + o_t[:, None])  # [BT of surprises, BT of queries]
+    b_a = tl.load(p_a + o_q)
+    b_c = tl.load(p_c + o_q)
+    b_G = tl.load(p_G + o_q[None, :] * BT + o_t[:, None])  # [BT, BQ]
     b_s = tl.dot(b_k, b_q, input_precision=PRECISION, out_dtype=ACC)
-    b_s = (-b_G * b_s).to(OP)  # [BT, BT]
+    b_s = (-b_G * b_s).to(OP)  # [BT, BQ]
     p_W1 += i_b * D * HIDDEN
     p_S1 += i_b * D * HIDDEN
 
@@ -89,7 +96,7 @@ def retrieve_kernel(
         o_w = o_d[None, :] * D + o_d[:, None]
         m_w = m_d[None, :] & m_d[:, None]
         b_d1 = tl.load(  # [BD, BT]
-            p_d1 + (i_b * BT + o_t[None, :]) * D + o_d[:, None],
+            p_d1 + o_t[None, :] * D + o_d[:, None],
             mask=m_t[None, :] & m_d[:, None],
             other=0.0,
         )
@@ -102,15 +109,15 @@ def retrieve_kernel(
         p_W2 += i_b * D * HIDDEN
         p_S2 += i_b * D * HIDDEN
         i_l = 1 if L > 1 else 0
-        b_a2 = tl.load(p_a + i_l * BT + o_t)
-        b_c2 = tl.load(p_c + i_l * BT + o_t)
-        b_y = tl.zeros([BD, BT], ACC)
-        b_s2 = tl.zeros([BT, BT], ACC)
+        b_a2 = tl.load(p_a + i_l * BT + o_q)
+        b_c2 = tl.load(p_c + i_l * BT + o_q)
+        b_y = tl.zeros([BD, BQ], ACC)
+        b_s2 = tl.zeros([BT, BQ], ACC)
         for j in tl.range(0, hidden, BH, disable_licm=True):
             m_h = j + o_h < HIDDEN
             o_w1 = o_d[None, :] * HIDDEN + (j + o_h)[:, None]
             m_w1 = m_d[None, :] & m_h[:, None]
-            o_x = (i_b * BT + o_t[None, :]) * HIDDEN + (j + o_h)[:, None]
+            o_x = o_t[None, :] * HIDDEN + (j + o_h)[:, None]
             m_x = m_t[None, :] & m_h[:, None]
             b_w = tl.load(p_W1 + o_w1, mask=m_w1, other=0.0)  # [BH, BD]
             b_z = b_a[None, :] * tl.dot(b_w, b_q, input_precision=PRECISION, out_dtype=ACC)
@@ -120,7 +127,7 @@ def retrieve_kernel(
             b_z = tl.dot(b_d1, b_s, b_z, input_precision=PRECISION, out_dtype=ACC)
             b_h = activate(b_z, ACTIVATION)
 
-            o_xt = (i_b * BT + o_t[:, None]) * HIDDEN + (j + o_h)[None, :]
+            o_xt = o_t[:, None] * HIDDEN + (j + o_h)[None, :]
             b_x = tl.load(p_x + o_xt, mask=m_t[:, None] & m_h[None, :], other=0.0)  # [BT, BH]
             b_s2 = tl.dot(b_x, b_h.to(OP), b_s2, input_precision=PRECISION, out_dtype=ACC)
             o_w2 = (j + o_h)[None, :] * D + o_d[:, None]
@@ -131,22 +138,18 @@ def retrieve_kernel(
             b_w = tl.load(p_S2 + o_w2, mask=m_w2, other=0.0)
             b_ch = (b_c2[None, :] * b_h).to(OP)
             b_y = tl.dot(b_w, b_ch, b_y, input_precision=PRECISION, out_dtype=ACC)
-        b_G = tl.load(p_G + i_l * BT * BT + o_t[None, :] * BT + o_t[:, None])
+        # What G and q were loaded for first would fill registers all along. The modifier is the
+        # default of a load: it only keeps the compiler from taking two loads for one.
+        p_G += i_l * BT * BT
+        b_G = tl.load(p_G + o_q[None, :] * BT + o_t[:, None], cache_modifier=".ca")
         b_d2 = tl.load(  # [BD, BT]
-            p_d2 + (i_b * BT + o_t[None, :]) * D + o_d[:, None],
+            p_d2 + o_t[None, :] * D + o_d[:, None],
             mask=m_t[None, :] & m_d[:, None],
             other=0.0,
         )
         b_s2 = (-b_G * b_s2).to(OP)
         b_y = tl.dot(b_d2, b_s2, b_y, input_precision=PRECISION, out_dtype=ACC)
 
-    # Loaded again: it would fill registers all along.
-    b_q = tl.load(
-        p_q + p_query[None, :] + o_d[:, None], mask=m_q[None, :] & m_d[:, None], other=0.0
-    )
+    b_q = tl.load(p_q + o_qd, mask=m_qd, other=0.0, cache_modifier=".ca")
     b_o = head(b_y, b_q.to(ACC), p_norm, o_d, m_d, D, HAS_NORM, RESIDUAL)
-    tl.store(
-        p_o + p_query[None, :] + o_d[:, None],
-        b_o.to(p_o.dtype.element_ty),
-        mask=m_q[None, :] & m_d[:, None],
-    )
+    tl.store(p_o + o_qd, b_o.to(p_o.dtype.element_ty), mask=m_qd)

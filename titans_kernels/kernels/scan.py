@@ -60,7 +60,7 @@ def advance(
         tl.store(p_S_anchor + o, b_S, mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group", "blocks", "chunks"])
 def scan_kernel(
     p_k,  # [M, H, D]
     p_v,

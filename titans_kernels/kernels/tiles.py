@@ -2,37 +2,114 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil
 
 import torch
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """How a kernel is compiled.
+
+    Args:
+        warps (int): to a program, a power of 2.
+        stages (int): loads of a loop in flight, where the loop allows it.
+    """
+
+    warps: int = 4
+    stages: int = 1
+
+    def __post_init__(self) -> None:
+        if self.warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"warps: got {self.warps}, takes a power of 2 up to 16")
+        if self.stages < 1:
+            raise ValueError(f"stages: got {self.stages}, takes 1 and more")
+
+    def options(self) -> dict[str, object]:
+        """For a launch. Fusing a product with a sum is said here: Triton's default changes."""
+        return dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
+
+
+@dataclass(frozen=True)
 class Tile:
-    """Sizes of the scan and of retrieve.
+    """Sizes of the passes and how each is compiled.
 
     Args:
         block (int): tokens to a block at most, a power of 2 from 16 on.
         slice (int): hidden units at a time, likewise.
-        scan_warps, read_warps (int): warps to a program.
+        queries (int): tokens of a block that one program answers at most, likewise.
+        scan, retrieve, recall (Schedule): of the kernel of that name.
     """
 
     block: int = 64
     slice: int = 64
-    scan_warps: int = 4
-    read_warps: int = 4
+    queries: int = 64
+    scan: Schedule = Schedule()
+    retrieve: Schedule = Schedule()
+    recall: Schedule = Schedule()
 
     def __post_init__(self) -> None:
-        for name in ("block", "slice"):
+        for name in ("block", "slice", "queries"):
             value = getattr(self, name)
             if value < 16 or value & (value - 1):
                 raise ValueError(f"{name}: got {value}, takes a power of 2 from 16 on")
+        if self.scan.stages != 1:
+            # A pipelined load may run ahead of the store that it waits for.
+            raise ValueError(f"scan: got {self.scan.stages} stages, takes 1")
+        object.__setattr__(self, "queries", min(self.queries, self.block))
+
+    @property
+    def coefficients(self) -> Schedule:
+        return Schedule(1 if self.block <= 64 else 2)
 
 
-def tile(head_dim: int, hidden: int, dtype: torch.dtype) -> Tile:
-    """The tile for a memory: compiled without spills for D up to 128, see benchmarks."""
-    return Tile(scan_warps=8 if head_dim > 128 else 4, read_warps=8 if head_dim > 128 else 4)
+_4, _8 = Schedule(4), Schedule(8)
+_4x2, _8x2 = Schedule(4, 2), Schedule(8, 2)
+
+# Head dimensions up to the first number take the tile. Beside it, of scan, retrieve and recall:
+# registers, and bytes of stack where a thread has any (see `python -m benchmarks.static`).
+_TABLE = {
+    # sm_80's also fit sm_86, sm_89 and sm_120, which have 99 KiB of shared memory to a program.
+    "sm_80": (
+        (64, Tile(64, 32, 32, scan=_4, retrieve=_4x2, recall=_4x2)),
+        (128, Tile(64, 32, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
+        (256, Tile(32, 32, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
+    ),
+    "sm_90": (
+        (64, Tile(64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
+        (128, Tile(64, 64, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
+        (256, Tile(64, 64, 32, scan=_8, retrieve=_8, recall=_8x2)),
+    ),
+    "sm_100": (
+        (64, Tile(64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
+        (128, Tile(64, 64, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
+        (256, Tile(64, 64, 64, scan=_8, retrieve=_8, recall=_8x2)),
+    ),
+    "gfx942": ((256, Tile(64, 64, 64, scan=_4, retrieve=_4, recall=_4)),),
+}
+ARCHITECTURES = tuple(_TABLE)
+
+
+def tile(head_dim: int, hidden: int, dtype: torch.dtype, architecture: str) -> Tile:
+    """The tile of a memory's sizes, on one of ARCHITECTURES; any other has the default."""
+    rows = _TABLE.get(architecture, ((head_dim, Tile()),))
+    size = next(size for most, size in rows if head_dim <= most)
+    return replace(size, slice=min(size.slice, max(16, 1 << (hidden - 1).bit_length())))
+
+
+def architecture(device: torch.device) -> str:
+    """Which of ARCHITECTURES a device is, or is most like; "cpu" where kernels are interpreted."""
+    return "cpu" if device.type == "cpu" else _architecture(device.index)
+
+
+@lru_cache
+def _architecture(index: int | None) -> str:
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(index)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 @dataclass(frozen=True)
