@@ -1,0 +1,1 @@
+"""A small byte-level language model whose memory learns while it reads: see `__main__`."""

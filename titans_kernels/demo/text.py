@@ -1,0 +1,86 @@
+"""Real text that every machine has: the sources of Python's standard library."""
+
+from __future__ import annotations
+
+import gzip
+import sysconfig
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SHORTEST = 4096  # bytes; shorter files are left out
+HELD_OUT = 8  # one file in so many
+# Folders of what others wrote, of tests, and of tables rather than text.
+SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """Files as uint8 tensors, split by file: no piece of a held-out file is trained on."""
+
+    train: list[Tensor]
+    held_out: list[Tensor]
+
+
+def read_text() -> Text:
+    """All sources of a few KB or more. Which are held out is decided by a checksum of the name."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = {path.relative_to(root): path for path in root.rglob("*.py")}
+    files = []
+    for name, path in paths.items():
+        if SKIPPED.isdisjoint(name.parts) and path.stat().st_size > SHORTEST:
+            data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+            files.append((zlib.crc32(name.as_posix().encode()), data))
+    files.sort(key=lambda file: file[0])  # the same mixed order on every machine
+    text = Text(
+        [data for checksum, data in files if checksum % HELD_OUT],
+        [data for checksum, data in files if checksum % HELD_OUT == 0],
+    )
+    if not text.train or not text.held_out:
+        raise FileNotFoundError(f"no sources of Python's standard library under {root}")
+    return text
+
+
+def windows(files: list[Tensor], length: int, rows: int, generator: torch.Generator) -> Tensor:
+    """Random places, every one as likely as any other: [rows, length] int64."""
+    sizes = torch.tensor([len(file) - length + 1.0 for file in files])
+    chosen = torch.multinomial(sizes, rows, replacement=True, generator=generator)
+    pieces = []
+    for i in chosen.tolist():
+        start = int(torch.randint(int(sizes[i]), (1,), generator=generator))
+        pieces.append(files[i][start : start + length])
+    return torch.stack(pieces).long()
+
+
+def excerpts(files: list[Tensor], length: int, rows: int) -> Tensor:
+    """The middle of each of the first files: [rows, length] int64."""
+    starts = [(len(file) - length) // 2 for file in files[:rows]]
+    pieces = [file[start : start + length] for file, start in zip(files, starts, strict=False)]
+    return torch.stack(pieces).long()
+
+
+def bigram_bits(train: list[Tensor], text: Tensor) -> float:
+    """Bits per byte of `text` [rows, T], each byte guessed from the one before, as in `train`."""
+    counts = torch.full((256, 256), 0.1)
+    for file in train:
+        pairs = 256 * file[:-1].long() + file[1:].long()
+        counts += torch.bincount(pairs, minlength=256**2).view(256, 256)
+    bits = -torch.log2(counts / counts.sum(1, keepdim=True))
+    return float(bits[text[:, :-1], text[:, 1:]].mean())
+
+
+def gzip_bits(text: Tensor) -> float:
+    """Bits per byte of gzip, which learns from each row of `text` alone."""
+    compressed = [gzip.compress(bytes(row.tolist()), 9, mtime=0) for row in text]
+    return 8 * sum(map(len, compressed)) / text.numel()
