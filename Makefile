@@ -17,7 +17,7 @@ READY := $(VENV)/.ready
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format verify bench clean
+.PHONY: help demo test check format verify static bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ format: $(READY) ## Rewrite the sources in the project's format
 
 verify: $(READY) ## Compare every operator and dtype with the float64 reference
 	$(PY) -m titans_kernels.verify
+
+static: $(READY) ## Compile the shipped kernels for every GPU and judge their machine code
+	$(PY) -m benchmarks.static --check
 
 bench: $(READY) ## Time the operators beside their peers
 	$(PY) -m benchmarks

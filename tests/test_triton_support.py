@@ -6,10 +6,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton_support import offline
 from triton_support.interpreter import install
 from triton_support.samples import matmul
 from triton_support.sanitizer import CHECKS, MemoryFault, sanitize
+
+from benchmarks import offline
 
 if torch.cuda.is_available() and not triton.knobs.runtime.interpret:
     pytest.skip("a GPU runs kernels itself", allow_module_level=True)

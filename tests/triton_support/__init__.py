@@ -1,11 +1,11 @@
 """What the tests of Triton kernels need where there is no GPU.
 
 `interpreter` makes Triton's CPU interpreter compute what a GPU would, `sanitizer` watches every
-access to memory while it runs, `offline` compiles kernels for GPUs that are not there.
+access to memory while it runs. `benchmarks.offline` compiles for GPUs that are not there.
 
 Triton decides when a kernel is decorated whether it will be interpreted or compiled, and decorates
 its own library when it is imported. A process does one or the other: conftest.py calls
-`use_interpreter` before anything imports triton, and `offline` starts processes that compile.
+`use_interpreter` before anything imports triton, `offline.collect` starts processes that compile.
 """
 
 import os

@@ -47,13 +47,20 @@ def recall_kernel(
     p_W1 += (i_n * H + i_h) * D * HIDDEN
     p_W2 += (i_n * H + i_h) * D * HIDDEN
 
-    b_q = tl.load(p_q + o, mask=m, other=0.0)
+    b_y = tl.zeros([BD, BT], ACC)
     if DEPTH == 1:
-        m_w = m_d[None, :] & m_d[:, None]
-        b_w = tl.load(p_W1 + o_d[None, :] * D + o_d[:, None], mask=m_w, other=0.0)  # [BD, BD]
-        b_y = tl.dot(b_w, b_q, input_precision=PRECISION, out_dtype=ACC)
+        for j in tl.range(0, hidden, BH, disable_licm=True):
+            m_h = j + o_h < D
+            b_q = tl.load(  # [BH, BT]
+                p_q + o_t[None, :] * (H * D) + (j + o_h)[:, None],
+                mask=(first + o_t < end)[None, :] & m_h[:, None],
+                other=0.0,
+            )
+            o_w = (j + o_h)[None, :] * D + o_d[:, None]
+            b_w = tl.load(p_W1 + o_w, mask=m_h[None, :] & m_d[:, None], other=0.0)  # [BD, BH]
+            b_y = tl.dot(b_w, b_q, b_y, input_precision=PRECISION, out_dtype=ACC)
     else:
-        b_y = tl.zeros([BD, BT], ACC)
+        b_q = tl.load(p_q + o, mask=m, other=0.0)
         for j in tl.range(0, hidden, BH, disable_licm=True):
             m_h = j + o_h < HIDDEN
             o_w = o_d[None, :] * HIDDEN + (j + o_h)[:, None]

@@ -93,17 +93,27 @@ def retrieve_kernel(
     p_S1 += i_b * D * HIDDEN
 
     if DEPTH == 1:
-        o_w = o_d[None, :] * D + o_d[:, None]
-        m_w = m_d[None, :] & m_d[:, None]
+        b_y = tl.zeros([BD, BQ], ACC)
+        b_z = tl.zeros([BD, BQ], ACC)
+        for j in tl.range(0, hidden, BH, disable_licm=True):
+            m_h = j + o_h < D
+            b_x = tl.load(  # [BH, BQ]
+                p_q + o_q[None, :] * (H * D) + (j + o_h)[:, None],
+                mask=m_q[None, :] & m_h[:, None],
+                other=0.0,
+            )
+            o_w = (j + o_h)[None, :] * D + o_d[:, None]
+            m_w = m_h[None, :] & m_d[:, None]
+            b_w = tl.load(p_W1 + o_w, mask=m_w, other=0.0)  # [BD, BH]
+            b_y = tl.dot(b_w, b_x, b_y, input_precision=PRECISION, out_dtype=ACC)
+            b_w = tl.load(p_S1 + o_w, mask=m_w, other=0.0)
+            b_z = tl.dot(b_w, b_x, b_z, input_precision=PRECISION, out_dtype=ACC)
         b_d1 = tl.load(  # [BD, BT]
             p_d1 + o_t[None, :] * D + o_d[:, None],
             mask=m_t[None, :] & m_d[:, None],
             other=0.0,
         )
-        b_w = tl.load(p_W1 + o_w, mask=m_w, other=0.0)  # [BD out, BD in]
-        b_y = b_a[None, :] * tl.dot(b_w, b_q, input_precision=PRECISION, out_dtype=ACC)
-        b_w = tl.load(p_S1 + o_w, mask=m_w, other=0.0)
-        b_y += b_c[None, :] * tl.dot(b_w, b_q, input_precision=PRECISION, out_dtype=ACC)
+        b_y = b_a[None, :] * b_y + b_c[None, :] * b_z
         b_y = tl.dot(b_d1, b_s, b_y, input_precision=PRECISION, out_dtype=ACC)
     else:
         p_W2 += i_b * D * HIDDEN

@@ -69,32 +69,45 @@ _4, _8 = Schedule(4), Schedule(8)
 _4x2, _8x2 = Schedule(4, 2), Schedule(8, 2)
 
 # Head dimensions up to the first number take the tile. Beside it, of scan, retrieve and recall:
-# registers, and bytes of stack where a thread has any (see `python -m benchmarks.static`).
-_TABLE = {
+# registers and, where a thread has any, bytes of stack (Triton 3.9; `python -m benchmarks.static`).
+_HALF = {
     # sm_80's also fit sm_86, sm_89 and sm_120, which have 99 KiB of shared memory to a program.
     "sm_80": (
-        (64, Tile(64, 32, 32, scan=_4, retrieve=_4x2, recall=_4x2)),
-        (128, Tile(64, 32, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
-        (256, Tile(32, 32, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
+        (64, Tile(64, 32, 32, scan=_4, retrieve=_4x2, recall=_4x2)),  # 240, 255, 166
+        (128, Tile(64, 32, 32, scan=_8, retrieve=_8x2, recall=_8x2)),  # 255 and 8, 255, 174
+        (256, Tile(32, 32, 32, scan=_8, retrieve=_8x2, recall=_8x2)),  # 255, 255 and 136, 169
     ),
     "sm_90": (
-        (64, Tile(64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
-        (128, Tile(64, 64, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
-        (256, Tile(64, 64, 32, scan=_8, retrieve=_8, recall=_8x2)),
+        (64, Tile(64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),  # 225, 214, 128
+        (128, Tile(64, 64, 64, scan=_8, retrieve=_8x2, recall=_8x2)),  # 229, 249, 105
+        (256, Tile(64, 64, 32, scan=_8, retrieve=_8, recall=_8x2)),  # 253, 255 and 8, 181
     ),
     "sm_100": (
-        (64, Tile(64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
-        (128, Tile(64, 64, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
-        (256, Tile(64, 64, 64, scan=_8, retrieve=_8, recall=_8x2)),
+        (64, Tile(64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),  # 223, 172, 121
+        (128, Tile(64, 64, 64, scan=_8, retrieve=_8x2, recall=_8x2)),  # 200, 174, 120
+        (256, Tile(64, 64, 64, scan=_8, retrieve=_8, recall=_8x2)),  # 230, 255, 255
     ),
+    # Up to 512 registers, for 4 warps: D 64: 258, 258, 160; 128: 332, 304, 154; 256: 348, 430, 276.
     "gfx942": ((256, Tile(64, 64, 64, scan=_4, retrieve=_4, recall=_4)),),
 }
-ARCHITECTURES = tuple(_TABLE)
+ARCHITECTURES = tuple(_HALF)
+
+# float32 is for comparing, not for speed: unless tf32 is allowed, NVIDIA's GPUs multiply it without
+# tensor cores, operands in registers. Figures of sm_90; the others differ little.
+_SINGLE = (
+    (64, Tile(32, 32, 32, scan=_8, retrieve=_8, recall=_8)),  # 250, 216, 64
+    (128, Tile(16, 16, 16, scan=_8, retrieve=_8, recall=_8)),  # 255 and 160, 173, 48
+    (256, Tile(16, 16, 16, scan=_8, retrieve=_8, recall=_8)),  # 255 and 1304, 255 and 264, 64
+)
 
 
 def tile(head_dim: int, hidden: int, dtype: torch.dtype, architecture: str) -> Tile:
     """The tile of a memory's sizes, on one of ARCHITECTURES; any other has the default."""
-    rows = _TABLE.get(architecture, ((head_dim, Tile()),))
+    rows = _HALF.get(architecture)
+    if rows is None:
+        return Tile()
+    if dtype.itemsize > 2:
+        rows = _SINGLE
     size = next(size for most, size in rows if head_dim <= most)
     return replace(size, slice=min(size.slice, max(16, 1 << (hidden - 1).bit_length())))
 

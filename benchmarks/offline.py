@@ -12,9 +12,9 @@ needs a process that does not interpret. From a test that does, name a function 
 
     reports = collect("launches:matmul", ["sm_90", "gfx942"], [{"D": 64}, {"D": 128}])
 
-or look at the figures by hand, with tests/ on the path:
+or look at the figures by hand:
 
-    python -m triton_support.offline launches:matmul --arch sm_90 --case '{"D": 64}'
+    python -m benchmarks.offline launches:matmul --arch sm_90 --case '{"D": 64}'
 """
 
 from __future__ import annotations
@@ -41,8 +41,6 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from .machine_code import ARCHITECTURES, Report, report
-
-TESTS = Path(__file__).parents[1]
 
 
 class _StandIn(DriverBase):
@@ -114,7 +112,7 @@ def collect(
     """Reports of what a function launches, from a process of its own.
 
     Args:
-        launch (str): "module:function"; the working directory and tests/ are on its path.
+        launch (str): "module:function", found where this process finds modules.
         architectures (iterable of str): of ARCHITECTURES.
         cases (iterable of dict): keyword arguments of the function, JSON's types.
 
@@ -122,8 +120,7 @@ def collect(
         list of Report: of every architecture, case and launch, in this order.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    path = [str(TESTS), os.getcwd(), *filter(None, [environment.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(path)
+    environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     arguments = [launch]
     arguments += [word for arch in architectures for word in ("--arch", arch)]
     arguments += [word for case in cases for word in ("--case", json.dumps(dict(case)))]
@@ -143,7 +140,7 @@ def _from_json(line: str) -> Report:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m triton_support.offline")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.offline")
     parser.add_argument("launch", help="module:function that launches kernels")
     parser.add_argument("--arch", action="append", choices=list(ARCHITECTURES), help="default: all")
     parser.add_argument("--case", action="append", type=json.loads, help="its arguments, in JSON")

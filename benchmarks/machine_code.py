@@ -171,7 +171,7 @@ def _read_amd(asm: Any) -> dict[str, Any]:
         if match := _AMD_ACCESS.fullmatch(op):
             widths[match[1]][_amd_width(match[2])] += n
     return dict(
-        registers=figures["vgpr_count"] + figures.get("agpr_count", 0),
+        registers=figures["vgpr_count"],  # accumulation registers among them
         stack=figures["private_segment_fixed_size"],
         spills=figures["vgpr_spill_count"],
         traps=ops["s_trap"],
