@@ -98,7 +98,7 @@ def allocate(tokens: Tokens, state: list[Tensor], problem: Problem) -> Scratch:
         new(slots, H, L, 4 + 2 * BT, dtype=acc),
         new(N, H, BT, hidden, dtype=acc),
         new(slots, H, BT, hidden if len(state) > 1 else 0),
-        tuple(new(slots, H, BT, W.shape[-1]) for W in state),
+        tuple(new(slots, H, BT, W.shape[-1], dtype=acc) for W in state),
         tuple(new(slots, *W.shape[1:]) for W in state),
         tuple(new(slots, *W.shape[1:]) for W in state),
     )

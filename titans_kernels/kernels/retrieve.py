@@ -112,7 +112,7 @@ def retrieve_kernel(
             p_d1 + o_t[None, :] * D + o_d[:, None],
             mask=m_t[None, :] & m_d[:, None],
             other=0.0,
-        )
+        ).to(OP)
         b_y = b_a[None, :] * b_y + b_c[None, :] * b_z
         b_y = tl.dot(b_d1, b_s, b_y, input_precision=PRECISION, out_dtype=ACC)
     else:
@@ -133,7 +133,7 @@ def retrieve_kernel(
             b_z = b_a[None, :] * tl.dot(b_w, b_q, input_precision=PRECISION, out_dtype=ACC)
             b_w = tl.load(p_S1 + o_w1, mask=m_w1, other=0.0)
             b_z += b_c[None, :] * tl.dot(b_w, b_q, input_precision=PRECISION, out_dtype=ACC)
-            b_d1 = tl.load(p_d1 + o_x, mask=m_x, other=0.0)  # [BH, BT]
+            b_d1 = tl.load(p_d1 + o_x, mask=m_x, other=0.0).to(OP)  # [BH, BT]
             b_z = tl.dot(b_d1, b_s, b_z, input_precision=PRECISION, out_dtype=ACC)
             b_h = activate(b_z, ACTIVATION)
 
@@ -156,7 +156,7 @@ def retrieve_kernel(
             p_d2 + o_t[None, :] * D + o_d[:, None],
             mask=m_t[None, :] & m_d[:, None],
             other=0.0,
-        )
+        ).to(OP)
         b_s2 = (-b_G * b_s2).to(OP)
         b_y = tl.dot(b_d2, b_s2, b_y, input_precision=PRECISION, out_dtype=ACC)
 

@@ -22,7 +22,7 @@ from .network import activate, error, slope
 @triton.jit
 def advance(
     b_x,  # [BR, BT], inputs of the layer, transposed
-    b_d,  # [BT, BC], errors
+    b_d,  # [BT, BC], errors, not yet rounded
     p_W,  # running state, float32
     p_S,
     p_W_next,  # where the next block's readers find it
@@ -198,7 +198,7 @@ def scan_kernel(
                 o_yp = o_i[None, :] * D + o_d[:, None]
                 if DEPTH == 1:
                     b_y = tl.load(p_z + o_yc, mask=m_yc, other=0.0)  # [BD, BC]
-                    b_d = tl.load(p_d2b + o_yp, mask=m_yp, other=0.0)  # [BD, BT]
+                    b_d = tl.load(p_d2b + o_yp, mask=m_yp, other=0.0).to(OP)  # [BD, BT]
                     b_y = tl.dot(b_d, b_s, b_y, input_precision=PRECISION, out_dtype=ACC)
                 else:
                     a2 = tl.load(p_a2 + row, mask=row >= 0, other=1.0)
@@ -212,7 +212,7 @@ def scan_kernel(
                         m_x = m_c[None, :] & m_h[:, None]
                         o_p = o_i[None, :] * HIDDEN + (j + o_h)[:, None]
                         m_hp = m_p[None, :] & m_h[:, None]
-                        b_d = tl.load(p_d1b + o_p, mask=m_hp, other=0.0)  # [BH, BT]
+                        b_d = tl.load(p_d1b + o_p, mask=m_hp, other=0.0).to(OP)  # [BH, BT]
                         b_z = tl.load(p_z + o_x, mask=m_x, other=0.0)  # [BH, BC]
                         b_z = tl.dot(b_d, b_s, b_z, input_precision=PRECISION, out_dtype=ACC)
                         tl.store(p_z + o_x, b_z, mask=m_x)
@@ -235,20 +235,20 @@ def scan_kernel(
                         b_w = tl.load(p_s2 + o_w, mask=m_w, other=0.0).to(OP)
                         b_ch = (c2 * b_h).to(OP)
                         b_y = tl.dot(b_w, b_ch, b_y, input_precision=PRECISION, out_dtype=ACC)
-                    b_d = tl.load(p_d2b + o_yp, mask=m_yp, other=0.0)  # [BD, BT]
+                    b_d = tl.load(p_d2b + o_yp, mask=m_yp, other=0.0).to(OP)  # [BD, BT]
                     b_s2 = (b_g2[:, None] * b_s2).to(OP)
                     b_y = tl.dot(b_d, b_s2, b_y, input_precision=PRECISION, out_dtype=ACC)
 
                 b_e = error(
                     b_y, b_kc.to(ACC), b_vc.to(ACC), p_norm, o_d, m_d, D, HAS_NORM, RESIDUAL
                 )  # [BD, BC]
-                tl.store(p_d2b + o_yc, b_e.to(OP), mask=m_yc)
+                tl.store(p_d2b + o_yc, b_e, mask=m_yc)
                 if DEPTH == 2:
                     b_d = tl.load(  # [BT, BD]
                         p_d2b + o_i[:, None] * D + o_d[None, :],
                         mask=m_p[:, None] & m_d[None, :],
                         other=0.0,
-                    )
+                    ).to(OP)
                     b_s2 = tl.dot(b_d, b_e.to(OP), input_precision=PRECISION, out_dtype=ACC)
                     b_s2 = (b_g2[:, None] * b_s2).to(OP)  # [BT, BC]
                     b_ae, b_ce = (a2 * b_e).to(OP), (c2 * b_e).to(OP)
@@ -269,7 +269,7 @@ def scan_kernel(
                         m_x = m_c[None, :] & m_h[:, None]
                         b_z = tl.load(p_z + o_x, mask=m_x, other=0.0)
                         b_h = b_h * slope(b_z, ACTIVATION)
-                        tl.store(p_d1b + o_x, b_h.to(OP), mask=m_x)
+                        tl.store(p_d1b + o_x, b_h, mask=m_x)
                 tl.debug_barrier()
 
             more = i_block + 1 < BLOCKS
