@@ -253,41 +253,42 @@ def test_a_chunk_beyond_any_sequence_is_one_of_its_length(block):
 # ------------------------------------------------------------------ derivatives of every kind
 
 
-def _tiny(T, chunk, block, past, per_layer=False):
+def _tiny(T, chunk, past, per_layer=False):
     """The operator as a function of leaves, and those leaves: a state's are among them."""
     case = Case("", T, chunk, per_layer=per_layer, past=past, H=1, D=2, hidden=3)
     inputs = _inputs(case)
-    for w in inputs["weights"]:  # beside a state, they have no part in it
-        w.requires_grad_(past is None)
     parts, spec = pytree.tree_flatten(inputs)
     places = [i for i, x in enumerate(parts) if torch.is_tensor(x) and x.requires_grad]
 
     def op(*leaves):
         given = dict(enumerate(parts)) | dict(zip(places, leaves, strict=True))
         given = pytree.tree_unflatten(list(given.values()), spec)
-        with blocks_of(block):
-            o, final = neural_memory(**given, output_final_state=True)
+        o, final = neural_memory(**given, output_final_state=True)
         return tuple(flat({"o": o, "final": final}).values())
 
     return op, [parts[i] for i in places]
 
 
-TINY = {
-    "two chunks to a block": (4, 2, 4, None),
-    "going on, two chunks to a block": (4, 2, 4, (3,)),
-    "going on, a chunk over two blocks": (4, 3, 2, (4,)),
+TINY = {  # block, T, chunk, past
+    "two chunks to a block": (4, 4, 2, None),
+    "going on, two chunks to a block": (4, 4, 2, (3,)),
+    "going on, a chunk over two blocks": (2, 4, 3, (4,)),
 }
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("sizes", TINY.values(), ids=TINY)
 def test_gradients_are_those_of_finite_differences(sizes, per_layer):
-    assert torch.autograd.gradcheck(*_tiny(*sizes, per_layer))
+    block, *sizes = sizes
+    with blocks_of(block):
+        assert torch.autograd.gradcheck(*_tiny(*sizes, per_layer))
 
 
 @pytest.mark.parametrize("sizes", TINY.values(), ids=TINY)
 def test_second_derivatives_are_those_of_finite_differences(sizes):
-    assert torch.autograd.gradgradcheck(*_tiny(*sizes), fast_mode=True)
+    block, *sizes = sizes
+    with blocks_of(block):
+        assert torch.autograd.gradgradcheck(*_tiny(*sizes), fast_mode=True)
 
 
 def test_differentiable_gradients_are_the_gradients():
@@ -322,12 +323,13 @@ def test_titans_pytorch_agrees(chunk, block):
 
     inputs = make_inputs(1, 200, 2, 8, 32, 2, norm=False)
     del inputs["norm"]
+    leaves = flat(inputs)
     with blocks_of(block):
         o, _ = neural_memory(**inputs, activation="gelu", residual=False, chunk_size=chunk)
+        found = gradients({"o": o}, leaves)
     theirs, *_ = titans_pytorch_outputs(**inputs, chunk_size=chunk)
     assert_values({"o": o}, {"o": theirs}, 1e-10)
-    leaves = flat(inputs)
-    assert_gradients(gradients({"o": o}, leaves), gradients({"o": theirs}, leaves), 1e-10)
+    assert_gradients(found, gradients({"o": theirs}, leaves), 1e-10)
 
 
 # ------------------------------------------------------------------------ shorter dtypes

@@ -237,10 +237,10 @@ def test_nan_stays_in_its_sequence(chunk, block):
             read = retrieve(
                 inputs["q"], state, norm=inputs["norm"], cu_seqlens=inputs["cu_seqlens"]
             )
-        others = state.index_select(torch.tensor([0, 2]))
-        values = {"o": o[:, mine], "on": on[:, mine], "read": read[:, mine]}
-        values |= flat({"state": others})
-        found = gradients(values, leaves)
+            others = state.index_select(torch.tensor([0, 2]))
+            values = {"o": o[:, mine], "on": on[:, mine], "read": read[:, mine]}
+            values |= flat({"state": others})
+            found = gradients(values, leaves)
         results.append((values, {name: x[:, mine] for name, x in found.items()}))
         assert last is None
     assert_values(results[1][0], results[0][0], 0.0)

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from inputs import make_inputs
 from torch.autograd import Function
 
+from titans_kernels import ops
 from titans_kernels.chunked import operator
 from titans_kernels.chunked.layout import BlockSize, block_size
-from titans_kernels.chunked.scan import run
-from titans_kernels.chunked.span import Inputs
 
 TOKENS = ("q", "k", "v", "theta", "alpha", "eta")
 FIELDS = ("weights", "momentum", "k", "v", "theta", "alpha", "eta")  # a state's, but its length
@@ -47,7 +46,7 @@ def cotangents(values, seed=1):
     """Random ones, a value's own in each of its entries, exact in every dtype: sixteenths."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(x.shape, generator=generator).mul(16).round().clamp(-64, 64).div(16).to(x.dtype)
+        torch.randn(x.shape, generator=generator).mul(16).round().clamp(-64, 64).div(16).to(x)
         for x in values
     ]
 
@@ -118,14 +117,12 @@ def blocks_of(kind):
 
 
 def plain_autograd():
-    """Patch the operator: the same algebra on the same layout, its backward left to PyTorch."""
+    """Patch the op: the same algebra on the same layout, its backward left to PyTorch."""
 
-    def apply(layout, options, *tensors):
-        inputs = Inputs(*tensors[: len(Inputs._fields)])
-        result = run(inputs, list(tensors[len(inputs) :]), layout, options)
-        return result.o, *result.final
+    def run(packed, backend, options, chunk_size, longest):
+        return operator.forward(packed, options, chunk_size, longest, [])
 
-    return mock.patch.object(operator, "ChunkedMemory", SimpleNamespace(apply=apply))
+    return mock.patch.object(ops, "neural_memory", run)
 
 
 # --------------------------------------------------------------------------- what rounding costs

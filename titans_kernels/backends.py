@@ -1,52 +1,45 @@
-"""Which backend runs a case. Each is a module with `neural_memory` and `retrieve`."""
+"""Which backend runs a case."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from types import ModuleType
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from . import checks, chunked
+from . import checks
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose(backend: str, q: Tensor, matrices: tuple[Tensor, ...], *others: Any) -> ModuleType:
-    """The backend for a memory of these matrices; `others` are all that may have gradients.
+def choose(
+    backend: str, tokens: Tensor, matrices: Sequence[Tensor], others: Sequence[Tensor]
+) -> str:
+    """ "torch" or "triton", for tokens [M, H, D] and matrices [N, H, d_in, d_out].
 
     One that is named never falls back to another. "auto" takes torch: the Triton kernels have no
-    backward yet, so they are there by name only.
+    backward yet, so they are there by name only. `others` are all that may have gradients.
     """
     checks.choice("backend", backend, checks.BACKENDS)
     if backend != "triton":
-        return chunked
-    takes = _uncovered(q, matrices)
-    leaves = pytree.tree_leaves((q, matrices, others))
-    if takes is None and torch.is_grad_enabled() and any(_requires_grad(x) for x in leaves):
-        takes = "inputs without gradients; use torch.no_grad() or backend='torch'"
+        return "torch"
+    takes = _uncovered(tokens, matrices)
     if takes is not None:
         raise NotImplementedError(f"backend: got 'triton', which takes {takes}")
-
-    from . import kernels  # triton is imported only where it runs
-
-    return kernels
+    return "triton"
 
 
-def _requires_grad(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad
-
-
-def _uncovered(q: Tensor, matrices: tuple[Tensor, ...]) -> str | None:
+def _uncovered(tokens: Tensor, matrices: Sequence[Tensor]) -> str | None:
     """What the Triton kernels take that a case is not; None if they cover it."""
-    D, hidden = q.shape[3], [w.shape[-1] for w in matrices[:-1]]
-    if importlib.util.find_spec("triton") is None:
+    D, hidden = tokens.shape[2], [w.shape[-1] for w in matrices[:-1]]
+    device = tokens.device
+    if not _HAS_TRITON:
         return "an installed triton; found none"
-    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"tensors on a GPU, or TRITON_INTERPRET=1; got device {q.device}"
-    if q.device.type == "cuda" and q.dtype == torch.float64:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"tensors on a GPU, or TRITON_INTERPRET=1; got device {device}"
+    if device.type == "cuda" and tokens.dtype == torch.float64:
         return "float32, bfloat16 or float16 on a GPU; got float64"
     if len(matrices) > 2:
         return f"memories of 1 or 2 layers; got {len(matrices)}"

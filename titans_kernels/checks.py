@@ -132,7 +132,7 @@ def cu_seqlens(value: Any, q: Tensor) -> None:
         raise ValueError(
             f"cu_seqlens: got device {value.device}, takes the CPU or that of q, {q.device}"
         )
-    if value.dim() != 1 or len(value) < 1:
+    if value.dim() != 1 or value.shape[0] < 1:
         raise ValueError(f"cu_seqlens: got shape {_shape(value)}, takes [N + 1]")
     if q.shape[0] != 1:
         raise ValueError(f"q: got batch {q.shape[0]}, takes 1 together with cu_seqlens")

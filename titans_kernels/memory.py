@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from types import ModuleType
-
-import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, ops
 from .backends import choose
-from .chunked import Options
+from .packing import (
+    Options,
+    Reading,
+    accumulator,
+    bounds,
+    pack,
+    pack_norm,
+    pack_open_chunks,
+    rows,
+    unpack,
+)
 from .state import MemoryState
 
 
@@ -79,6 +85,11 @@ def neural_memory(
         `initial_state` continues exactly, wherever the sequence was cut, gradients included. One
         token costs a pass over its open chunk, at most chunk_size tokens.
 
+    `torch.compile(fullgraph=True)` and `torch.export` take it, once for all lengths; cu_seqlens is
+    not looked at there. Under autocast it computes as outside. Checkpointing takes
+    `use_reentrant=False`: the other kind drops gradients that flow through the state alone. The
+    PyTorch backend has derivatives of any order.
+
     Raises:
         TypeError, ValueError: an argument that does not fit; it names what it got and what it
         takes.
@@ -102,7 +113,7 @@ def neural_memory(
     checks.boolean("output_final_state", output_final_state)
     checks.chunk_size(chunk_size)
     checks.cu_seqlens(cu_seqlens, q)
-    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is not None:
         shapes = [tuple(w.shape[1:]) for w in weights]
         checks.state("initial_state", initial_state, q, shapes, sequences, theta.dim())
@@ -111,21 +122,14 @@ def neural_memory(
                 f"initial_state: got chunks of {initial_state.chunk_size} tokens, "
                 f"takes chunk_size = {chunk_size}"
             )
-    weights = tuple(weights)
-    run = choose(backend, q, weights, k, v, theta, alpha, eta, norm, initial_state)
-    return run.neural_memory(
-        q,
-        k,
-        v,
-        (theta, alpha, eta),
-        weights,
-        norm,
-        Options(activation, residual),
-        chunk_size,
-        initial_state,
-        output_final_state,
-        cu_seqlens,
+    packed, longest = pack(
+        q, k, v, (theta, alpha, eta), tuple(weights), norm, initial_state, cu_seqlens
     )
+    chosen = choose(backend, packed.k, packed.weights, packed.differentiable())
+    options = Options(activation, residual)
+    o, final = ops.neural_memory(packed, chosen, options, chunk_size, longest)
+    state = unpack(packed, final, chunk_size, theta.shape[2:]) if output_final_state else None
+    return o.view(q.shape), state
 
 
 def retrieve(
@@ -170,38 +174,27 @@ def retrieve(
     checks.boolean("residual", residual)
     checks.cu_seqlens(cu_seqlens, q)
     if isinstance(weights_or_state, MemoryState):
-        sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         checks.state("weights_or_state", weights_or_state, q, None, sequences, None)
     else:
         checks.weights("weights_or_state", weights_or_state, q.shape[2], q.shape[3], q)
     options = Options(activation, residual)
     if isinstance(weights_or_state, MemoryState):
-        state = weights_or_state
-        run = choose(backend, q, state.weights, state, norm)
-        weights = _after_tail(state, run, norm, options)
+        weights = _after_tail(weights_or_state, norm, options, backend)
     else:
-        weights = tuple(w.unsqueeze(0) for w in weights_or_state)
-        run = choose(backend, q, weights, norm)
+        weights = [w.to(accumulator(q)).unsqueeze(0) for w in weights_or_state]
         q, cu_seqlens = q.reshape(1, -1, *q.shape[2:]), None  # all tokens read the same weights
-    return run.retrieve(q, weights, norm, options, cu_seqlens).view(shape)
+    cu, longest = bounds(q, cu_seqlens)
+    reading = Reading(rows(q), weights, pack_norm(norm, accumulator(q)), cu)
+    chosen = choose(backend, reading.q, weights, reading.differentiable())
+    return ops.retrieve(reading, chosen, options, longest).view(shape)
 
 
 def _after_tail(
-    state: MemoryState, backend: ModuleType, norm: tuple[Tensor, Tensor] | None, options: Options
-) -> tuple[Tensor, ...]:
-    """The weights after a state's last token: its open chunk, made whole by tokens that do nothing.
-
-    What fills it up has gates of 0. That clears the momentum, which a reader does not need.
-    """
-    C = state.chunk_size
-    there = torch.arange(C, device=state.k.device) < state.length[:, None]  # [N, C]
-    k, v, theta, alpha, eta = (
-        x.masked_fill(~there.view(*there.shape, *[1] * (x.dim() - 2)), 0.0)
-        for x in (state.k, state.v, state.theta, state.alpha, state.eta)
-    )
-    closed = replace(state, length=torch.zeros_like(state.length))
-    gates = (theta, alpha, eta)
-    _, whole = backend.neural_memory(
-        k, k, v, gates, state.weights, norm, options, C, closed, True, None
-    )
-    return whole.weights
+    state: MemoryState, norm: tuple[Tensor, Tensor] | None, options: Options, backend: str
+) -> list[Tensor]:
+    """The weights after a state's last token, those of the open chunk learned too."""
+    packed, C = pack_open_chunks(state, norm), state.chunk_size
+    chosen = choose(backend, packed.k, packed.weights, packed.differentiable())
+    _, final = ops.neural_memory(packed, chosen, options, C, C)
+    return final[: len(packed.weights)]

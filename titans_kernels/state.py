@@ -63,5 +63,9 @@ pytree.register_pytree_node(
     lambda state: ([getattr(state, name) for name in _NAMES], None),
     lambda values, _: MemoryState(*values),
     serialized_type_name="titans_kernels.MemoryState",
+    flatten_with_keys_fn=lambda state: (
+        [(pytree.GetAttrKey(name), getattr(state, name)) for name in _NAMES],
+        None,
+    ),
 )
 torch.serialization.add_safe_globals([MemoryState])

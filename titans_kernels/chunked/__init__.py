@@ -1,10 +1,6 @@
 """The neural memory in PyTorch: any depth, any size, any device.
 
 `layout` cuts sequences into blocks, `block` holds the three steps of a block and their derivatives,
-`scan` walks the blocks forward and back and is the autograd function.
+`scan` walks the blocks forward and back, `recall` reads without learning; `operator` is what the
+ops call.
 """
-
-from .operator import neural_memory, retrieve
-from .scan import Options
-
-__all__ = ["Options", "neural_memory", "retrieve"]

@@ -164,12 +164,13 @@ def errors_backward(
 # ------------------------------------------------------------------------------------------ read
 
 
-def _read_links(
+def read_links(
     state: list[Tensor],
     X: list[Tensor],
     D: list[Tensor],
     coefficients: list[BlockCoefficients],
 ) -> list[Link]:
+    """The weights of every layer right after each of the block's tokens."""
     N = X[0].shape[1]
     return [
         Link(layer, History(by.rows(1, N + 1, N), x, d))
@@ -177,19 +178,12 @@ def _read_links(
     ]
 
 
-def read(
-    q: Tensor,
-    state: list[Tensor],
-    X: list[Tensor],
-    D: list[Tensor],
-    coefficients: list[BlockCoefficients],
-    network: Network,
-) -> Tensor:
-    """Answers [R, N, D] to queries: each is read with the weights right after its own token."""
+def read(q: Tensor, links: list[Link], network: Network) -> Tensor:
+    """Answers [R, N, D] to queries."""
     h = q
-    for layer, link in enumerate(_read_links(state, X, D, coefficients)):
+    for layer, link in enumerate(links):
         y = pull(h, link).out
-        if layer < len(state) - 1:
+        if layer < len(links) - 1:
             (h,) = network.activate(y)
     return net.output(y, q, network)
 
@@ -197,16 +191,13 @@ def read(
 def read_backward(
     do: Tensor,
     q: Tensor,
-    state: list[Tensor],
-    X: list[Tensor],
-    D: list[Tensor],
-    coefficients: list[BlockCoefficients],
+    links: list[Link],
     network: Network,
-    grads: list[BlockGrad],
+    grads: list[LinkGrad],
     norm_grad: NormGrad | None,
 ) -> Tensor:
     """The gradient of q; those of the rest are added to `grads` and `norm_grad`."""
-    links, depth, N = _read_links(state, X, D, coefficients), len(state), q.shape[1]
+    depth = len(links)
     x, slopes, pulled = [q], [], list[Pulled]()
     for layer, link in enumerate(links):
         pulled.append(pull(x[layer], link))
@@ -218,8 +209,7 @@ def read_backward(
     dz, dq = net.output_backward(do, pulled[-1].out, network, norm_grad)
     for layer in range(depth - 1, -1, -1):
         pushed = push(dz, links[layer])
-        grad = grads[layer].link(1, N + 1, N)
-        form_backward(x[layer], dz, links[layer], pulled[layer], pushed, grad)
+        form_backward(x[layer], dz, links[layer], pulled[layer], pushed, grads[layer])
         if layer:
             dz = pushed.out * slopes[layer - 1]
     return pushed.out if dq is None else pushed.out + dq

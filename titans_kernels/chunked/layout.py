@@ -2,15 +2,14 @@
 
 `chunk_size` is semantics: it says where gradients are anchored. The block is cost: it says how
 often weights are materialised. A short chunk shares its block with others; a long one spans
-several blocks and none crosses its end. A sequence may begin with a tail, the tokens of a chunk
-that an earlier call left open; chunks count from the tail's first token.
+several blocks and none crosses its end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil, isqrt
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,14 @@ class BlockSize(NamedTuple):
     tokens: int  # of a block
     chunks: int  # in a block, 1 where a chunk spans several
     blocks: int  # to a chunk, 1 where a block holds several
+
+    @property
+    def span(self) -> int:
+        """Blocks that backward computes again at a time, from a state that forward kept.
+
+        It then holds the states of all of them, and what their tokens computed.
+        """
+        return 8 if self.tokens <= 32 else 4
 
 
 def block_size(chunk_size: int, device: torch.device) -> BlockSize:
@@ -37,65 +44,98 @@ def block_size(chunk_size: int, device: torch.device) -> BlockSize:
     return BlockSize(ceil(chunk_size / blocks), 1, blocks)
 
 
+def checkpoints(tokens: int, chunk_size: int, block: BlockSize) -> int:
+    """Rows for a state at every span's start but the first, of all sequences, at most.
+
+    n tokens begin at most n / (tokens of a block) blocks after their first one. Two rows more: what
+    is compiled for any number of tokens must not depend on whether there are none, or one.
+    """
+    if block.blocks == 1:
+        return tokens // (block.span * block.tokens) + 2
+    return tokens * block.blocks // (block.span * chunk_size) + 2
+
+
+class Places(NamedTuple):
+    """Where the tokens of a box lie in a tensor of rows."""
+
+    row: Tensor  # [g, n, N] int64, 0 where there is none
+    valid: Tensor | None  # [g, n, N] bool; None: all are there
+
+
 class Span(NamedTuple):
     """A run of blocks of the sequences that are long enough to have any, a box of [g, n, N]."""
 
     start: int  # first block
     stop: int
     sequences: int  # n; sequences are sorted, so these are the first n
-    token: Tensor  # [g, n, N] int64, its place in (tails, tokens), 0 where there is none
-    valid: Tensor | None  # [g, n, N] bool; None: all are tokens
+    checkpoint: int  # first row of its states
+    tokens: Places
+    queries: Places
     end: Tensor | None  # [g, n] int64: a block hands on the state after so many tokens; None: N
     whole: list[Tensor | None]  # per block that ends chunks, [n] bool: it ended one; None: for all
 
 
+class Sequence(NamedTuple):
+    start: int  # first token
+    length: int
+    tail: int  # tokens ahead that have no query
+    ask: int  # the first query
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Sequences in order of falling length, their tails in one table ahead of all tokens.
+    """Sequences in order of falling length."""
 
-    Args:
-        tails (list[int]): tokens of each sequence's open chunk, taken from row i of the table.
-        lengths (list[int]): tokens that follow.
-        starts (list[int]): where they start.
-        rows (list[int]): row of the table.
-        table (int): tokens of the whole table, rows times chunk_size; 0 without one.
-    """
-
-    tails: list[int]
-    lengths: list[int]
-    starts: list[int]
-    rows: list[int]
-    table: int
+    sequences: list[Sequence]
+    order: Tensor | None  # [N] int64, whose they are; None: in the order given
     chunk_size: int
     block: BlockSize
     device: torch.device
 
-    def blocks(self, sequence: int) -> int:
+    @classmethod
+    def of(cls, cu: Tensor, tail: Tensor, ask: Tensor, chunk_size: int, block: BlockSize) -> Layout:
+        """On a GPU this waits for it, once."""
+        found = [Sequence(*x) for x in torch.stack([cu[:-1], cu.diff(), tail, ask], 1).tolist()]
+        order = sorted(range(len(found)), key=lambda i: -found[i].length)
+        same = order == list(range(len(order)))
+        return cls(
+            [found[i] for i in order],
+            None if same else torch.tensor(order, device=cu.device),
+            chunk_size,
+            block,
+            cu.device,
+        )
+
+    def sort(self, x: Tensor) -> Tensor:
+        """Rows of sequences as given to this order."""
+        return x if self.order is None else x.index_select(0, self.order)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """And back."""
+        return x if self.order is None else x.index_select(0, self.order.argsort())
+
+    def blocks(self, sequence: Sequence) -> int:
         """Blocks of a sequence, the last one perhaps not full."""
-        total = self.tails[sequence] + self.lengths[sequence]
-        whole, rest = divmod(total, self.chunk_size)
         N, _, blocks = self.block
         if blocks == 1:
-            return ceil(total / N)
+            return ceil(sequence.length / N)
+        whole, rest = divmod(sequence.length, self.chunk_size)
         return whole * blocks + ceil(rest / N)
 
     def spans(self) -> Iterator[Span]:
-        """Spans in time order, about as many as each has blocks, so that memory is least."""
-        counts = [self.blocks(i) for i in range(len(self.lengths))]
-        longest = max(counts, default=0)
-        step = max(1, isqrt(longest))
+        """Spans in time order."""
+        counts = [self.blocks(x) for x in self.sequences]
+        longest, step, row = max(counts, default=0), self.block.span, 0
         for start in range(0, longest, step):
             n = sum(count > start for count in counts)
-            yield self._span(start, min(start + step, longest), n)
+            yield self._span(start, min(start + step, longest), n, row)
+            row += n if start else 0  # the first span starts with what the walk does
 
-    def _span(self, start: int, stop: int, n: int) -> Span:
+    def _span(self, start: int, stop: int, n: int, checkpoint: int) -> Span:
         N, _, per_chunk = self.block
         C = self.chunk_size
-        column = lambda x: torch.tensor(x[:n], device=self.device)[:, None]  # noqa: E731
-        tails, lengths, starts, rows = map(
-            column, (self.tails, self.lengths, self.starts, self.rows)
-        )
-        total = tails + lengths  # [n, 1]
+        table = torch.tensor(self.sequences[:n], device=self.device)
+        first, total, tails, asks = table[..., None].unbind(1)  # [n, 1]
 
         block = torch.arange(start, stop, device=self.device)[:, None, None]  # [g, 1, 1]
         offset = torch.arange(N, device=self.device)
@@ -106,11 +146,8 @@ class Layout:
             in_chunk = block % per_chunk * N + offset
             position = block // per_chunk * C + in_chunk
             inside = (position < total) & (in_chunk < C)
-        index = torch.where(
-            position < tails, rows * C + position, self.table + starts - tails + position
-        )
 
-        shortest = self.tails[n - 1] + self.lengths[n - 1]
+        shortest = self.sequences[n - 1].length
         end, whole = None, []
         if per_chunk == 1:
             full = shortest >= stop * N
@@ -122,21 +159,14 @@ class Layout:
                 chunks = i // per_chunk + 1
                 ended = None if shortest >= chunks * C else total[:, 0] >= chunks * C
                 whole.append(ended)
-        if full:
-            return Span(start, stop, n, index, None, end, whole)
-        return Span(start, stop, n, index.where(inside, 0), inside, end, whole)
 
-    def tail(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The open chunks at the end: tokens [n, C] as in a span, valid [n, C], length [n]."""
-        C = self.chunk_size
-        column = lambda x: torch.tensor(x, device=self.device)[:, None]  # noqa: E731
-        tails, starts, rows = map(column, (self.tails, self.starts, self.rows))
-        total = tails + column(self.lengths)
-        length = total % C
-        offset = torch.arange(C, device=self.device)
-        position = total - length + offset
-        index = torch.where(
-            position < tails, rows * C + position, self.table + starts - tails + position
-        )
-        valid = offset < length
-        return index.where(valid, 0), valid, length[:, 0].to(torch.int32)
+        def places(row: Tensor, there: Tensor, all_there: bool) -> Places:
+            return Places(row, None) if all_there else Places(row.where(there, 0), there)
+
+        tokens = places(first + position, inside, full)
+        queries = tokens
+        if any(x.tail or x.ask != x.start for x in self.sequences[:n]):
+            asked = inside & (position >= tails)
+            no_tail = not any(x.tail for x in self.sequences[:n])
+            queries = places(asks - tails + position, asked, full and no_tail)
+        return Span(start, stop, n, checkpoint, tokens, queries, end, whole)

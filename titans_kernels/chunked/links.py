@@ -45,7 +45,7 @@ class LinkGrad(NamedTuple):
     """Where the gradients of a link are added, in place: views of the block's own."""
 
     state: Tensor
-    past: History
+    past: History | None = None
 
 
 class Pulled(NamedTuple):
@@ -94,7 +94,7 @@ def form_backward(
         grad.state[:, 0].baddbmm_(h.mT, d)
         return
     (_, hX), (_, parts, dD) = pulled, pushed
-    assert hX is not None and parts is not None and dD is not None
+    assert hX is not None and parts is not None and dD is not None and grad.past is not None
     ac, G = link.past.rows
     grad.state.flatten(1, 2).baddbmm_(scaled(h, ac).mT, d)
     grad.past.X.baddbmm_((G * dD).mT, h, alpha=-1)

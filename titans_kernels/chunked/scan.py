@@ -1,9 +1,9 @@
 """The walk over blocks, forward and back.
 
-Forward keeps the state at every span's start, about the square root of the number of blocks of
-them, and nothing per token. Backward goes through the spans from the last, computes one again,
-and takes its blocks in reverse. Everything is computed in float32 (float64 for float64 inputs)
-whatever the inputs' dtype; only what is read and returned is rounded.
+Forward keeps the state at every span's start, and nothing per token. Backward goes through the
+spans from the last, computes one again, and takes its blocks in reverse. Everything is computed in
+float32 (float64 for float64 inputs) whatever the inputs' dtype; only what is read and returned is
+rounded.
 
 Keys of a chunk read at the state the chunk started with, the anchor; queries at the running
 state. Where a block holds whole chunks the two are one at its start. Where a chunk spans several
@@ -13,11 +13,10 @@ leaves it as the final state.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from ..packing import Options, Packed, accumulator
 from .block import (
     BlockGrad,
     Chunk,
@@ -27,17 +26,13 @@ from .block import (
     errors_backward,
     read,
     read_backward,
+    read_links,
 )
 from .layout import Layout, Span
 from .network import Network, NormGrad
-from .span import Box, Gates, Inputs, Tables, compute_dtype, norm_rows
+from .span import Box, Gates, Tables, norm_rows
 
 State = list[Tensor]  # per layer, [R, 2, d_in, d_out]
-
-
-class Options(NamedTuple):
-    activation: str
-    residual: bool
 
 
 class Recycler:
@@ -58,18 +53,17 @@ class Recycler:
 class Walk:
     """One span, ready to be walked over."""
 
-    def __init__(self, span: Span, inputs: Inputs, layout: Layout, options: Options, depth: int):
+    def __init__(self, span: Span, packed: Packed, layout: Layout, options: Options):
         self.span, self.size = span, layout.block
-        self.box = Box(span, inputs.k.shape[1], layout.table)
-        self.gates = Gates(span, self.box, inputs)
+        self.box = Box(span, packed.k.shape[1])
+        self.gates = Gates(span, self.box, packed)
         self.tables = self.gates.tables()
-        self.by = self.tables.blocks(depth)
-        dtype = compute_dtype(inputs.q)
-        norm = norm_rows((inputs.norm_weight, inputs.norm_bias), span.sequences, dtype)
-        self.network = Network(*options, norm)
-        self.k = self.box.tokens.take(inputs.k, dtype)
-        self.v = self.box.tokens.take(inputs.v, dtype)
-        self.q = self.box.queries.take(inputs.q, dtype)
+        self.by = self.tables.blocks(len(packed.weights))
+        dtype = accumulator(packed.q)
+        self.network = Network(*options, norm_rows(packed.norm, span.sequences))
+        self.k = self.box.tokens.take(packed.k, dtype)
+        self.v = self.box.tokens.take(packed.v, dtype)
+        self.q = self.box.queries.take(packed.q, dtype)
 
     def learn(self, i: int, anchor: State, order: int) -> tuple[list[Chunk], State, State]:
         """Errors of block i, and every layer's inputs and errors over the whole block."""
@@ -124,20 +118,58 @@ class Walk:
         )
 
 
-class Result(NamedTuple):
-    o: Tensor  # [Mq, H, D]
-    final: State
-    checkpoints: list[tuple[State, State]]  # anchor and running state at every span's start
+class Checkpoints:
+    """Running state, and anchor where it is another, at every span's start but the first.
+
+    Tables [rows, H, 2, d_in, d_out] per layer, in the order of the walk. The first span starts with
+    what the walk was given.
+    """
+
+    def __init__(self, tables: list[Tensor], depth: int):
+        self.running = self.anchor = tables[:depth]
+        if len(tables) > depth:
+            self.anchor = tables[depth:]
+
+    def _rows(self, span: Span, tables: list[Tensor]) -> State:
+        return [x[span.checkpoint :][: span.sequences].flatten(0, 1) for x in tables]
+
+    def keep(self, span: Span, anchor: State, running: State) -> None:
+        for tables, state in ((self.running, running), (self.anchor, anchor)):
+            for table, x in zip(self._rows(span, tables), state, strict=True):
+                table.copy_(x)
+
+    def start(self, span: Span) -> tuple[State, State]:
+        """Anchor and running state."""
+        running = self._rows(span, self.running)
+        one = self.anchor is self.running
+        return running if one else self._rows(span, self.anchor), running
+
+
+def initial_state(packed: Packed, layout: Layout) -> State:
+    """In the layout's order."""
+    return [
+        layout.sort(torch.stack([W, S], 2)).flatten(0, 1)
+        for W, S in zip(packed.weights, packed.momentum, strict=True)
+    ]
+
+
+def parts(state: State, layout: Layout, heads: int) -> list[Tensor]:
+    """Weights and then momenta of a state, [N, H, d_in, d_out] each, sequences as they were."""
+    stacked = [layout.restore(x.unflatten(0, (-1, heads))) for x in state]
+    # Copies: they are an op's outputs, none of which may share memory with another.
+    return [
+        x.select(2, i).clone(memory_format=torch.contiguous_format) for i in (0, 1) for x in stacked
+    ]
 
 
 def run(
-    inputs: Inputs, state: State, layout: Layout, options: Options, keep: bool = False
-) -> Result:
-    """Answers and final states, made of differentiable operations; checkpoints if `keep`."""
-    heads = inputs.k.shape[1]
-    o = torch.zeros_like(inputs.q, memory_format=torch.contiguous_format)
-    anchor = running = state
-    checkpoints, finished = [], []
+    packed: Packed, layout: Layout, options: Options, kept: Checkpoints | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Answers and final state, made of differentiable operations."""
+    heads = packed.k.shape[1]
+    o = torch.zeros_like(packed.q, memory_format=torch.contiguous_format)
+    anchor = running = initial_state(packed, layout)
+    finished = []
     memory = None if torch.is_grad_enabled() else Recycler()
     for span in layout.spans():
         rows = span.sequences * heads
@@ -146,45 +178,47 @@ def run(
             one = anchor is running
             anchor = [x[:rows] for x in anchor]
             running = anchor if one else [x[:rows] for x in running]
-        if keep:
-            checkpoints.append((anchor, running))
-        walk = Walk(span, inputs, layout, options, len(state))
+        if kept is not None and span.start:
+            kept.keep(span, anchor, running)
+        walk = Walk(span, packed, layout, options)
         answers = []
         for i in range(span.stop - span.start):
             _, X, D = walk.learn(i, anchor, 1)
-            answers.append(read(walk.q[i], running, X, D, walk.by[i], walk.network))
+            links = read_links(running, X, D, walk.by[i])
+            answers.append(read(walk.q[i], links, walk.network))
             before = running
             anchor, running = walk.hand_on(i, anchor, running, X, D, memory)
-            if memory is not None and i > 0 and before is not anchor:
-                memory.give(before)  # neither a checkpoint nor an anchor
+            if memory is not None and before is not anchor:
+                memory.give(before)
         walk.box.queries.put(o, torch.stack(answers))
     finished.append(anchor)
-    final = [torch.cat(parts) for parts in zip(*reversed(finished), strict=True)]
-    return Result(o, final, checkpoints)
+    final = [torch.cat(rows) for rows in zip(*reversed(finished), strict=True)]
+    return o, parts(final, layout, heads)
 
 
 def run_backward(
-    inputs: Inputs,
-    checkpoints: list[tuple[State, State]],
+    packed: Packed,
+    kept: Checkpoints,
     layout: Layout,
     options: Options,
     do: Tensor,
-    dfinal: State,
-) -> tuple[Inputs, State]:
-    """Gradients of `run`: of its inputs, in their dtypes, and of the state it started with."""
+    dfinal: list[Tensor],
+) -> list[Tensor]:
+    """Gradients of `run`, of all that is differentiable."""
+    depth, heads = len(packed.weights), packed.k.shape[1]
     one = layout.block.blocks == 1  # anchor and running state are one wherever a block starts
-    grads = Inputs(*map(_zeros, inputs[:6]))
-    rows_total, width = len(dfinal[0]), inputs.k.shape[-1]
+    dstate = initial_state(packed._replace(weights=dfinal[:depth], momentum=dfinal[depth:]), layout)
+    grads = list(map(_zeros, packed[:6]))  # of tokens
     norm_grad = None
-    if inputs.norm_weight is not None:
-        norm_grad = NormGrad(*do.new_zeros(2, rows_total, width, dtype=compute_dtype(inputs.q)))
+    if packed.norm is not None:
+        norm_grad = NormGrad(*packed.norm.new_zeros(2, len(dstate[0]), packed.k.shape[-1]))
 
     memory = Recycler()
-    danchor = drunning = [x[:0] for x in dfinal]
-    spans = list(layout.spans())
-    for span, (anchor, running) in zip(reversed(spans), reversed(checkpoints), strict=True):
+    danchor = drunning = [x[:0] for x in dstate]
+    for span in reversed(list(layout.spans())):
         # Sequences that end with this span join in.
-        ending = [x[len(drunning[0]) : len(anchor[0])] for x in dfinal]
+        rows = slice(len(drunning[0]), span.sequences * heads)
+        ending = [x[rows] for x in dstate]
         if one:
             danchor = drunning = [torch.cat(x) for x in zip(drunning, ending, strict=True)]
         else:
@@ -192,17 +226,22 @@ def run_backward(
             drunning = [
                 torch.cat([x, torch.zeros_like(e)]) for x, e in zip(drunning, ending, strict=True)
             ]
-        walk = Walk(span, inputs, layout, options, len(dfinal))
+        if span.start:
+            anchor, running = kept.start(span)
+        else:
+            anchor = running = [x[: rows.stop] for x in initial_state(packed, layout)]
+        walk = Walk(span, packed, layout, options)
         danchor, drunning = _span_backward(
             walk, anchor, running, do, danchor, drunning, grads, norm_grad, memory
         )
-    ending = [x[len(drunning[0]) :] for x in dfinal]  # sequences without a single token
+    ending = [x[len(drunning[0]) :] for x in dstate]  # sequences without a single token
     if not one:
         drunning = [a + r for a, r in zip(danchor, drunning, strict=True)]
+    state = [torch.cat(x) for x in zip(drunning, ending, strict=True)]
+    norm = []
     if norm_grad is not None:
-        per_head = [x.view(-1, *inputs.k.shape[1:]).sum(0) for x in norm_grad]
-        grads = grads._replace(norm_weight=per_head[0], norm_bias=per_head[1])
-    return grads, [torch.cat(x) for x in zip(drunning, ending, strict=True)]
+        norm = [torch.stack([x.unflatten(0, (-1, heads)).sum(0) for x in norm_grad], 1)]
+    return [*grads, *parts(state, layout, heads), *norm]
 
 
 def _zeros(x: Tensor) -> Tensor:
@@ -216,11 +255,11 @@ def _span_backward(
     do: Tensor,
     danchor: State,
     drunning: State,
-    grads: Inputs,
+    grads: list[Tensor],
     norm_grad: NormGrad | None,
     memory: Recycler,
 ) -> tuple[State, State]:
-    """One span: forward again, then block after block in reverse. Adds to the inputs' gradients."""
+    """One span: forward again, then block after block in reverse. Fills in tokens' gradients."""
     depth, blocks = len(anchor), walk.span.stop - walk.span.start
     records = []
     for i in range(blocks):
@@ -242,20 +281,20 @@ def _span_backward(
             BlockGrad(torch.empty_like(x), torch.empty_like(d), memory.take(state), coefficients)
             for x, d, state, coefficients in zip(X, D, running, dby[i], strict=True)
         ]
-        for parts in zip(drunning, running, X, D, by, block, strict=True):
-            advance_backward(*parts)
+        for layer in zip(drunning, running, X, D, by, block, strict=True):
+            advance_backward(*layer)
         memory.give(drunning)
         drunning = [grad.state for grad in block]
         if walk.size.blocks == 1:
             danchor = drunning
-        dq[i] = read_backward(dout[i], walk.q[i], running, X, D, by, walk.network, block, norm)
+        links, N = read_links(running, X, D, by), walk.size.tokens
+        link_grads = [grad.link(1, N + 1, N) for grad in block]
+        dq[i] = read_backward(dout[i], walk.q[i], links, walk.network, link_grads, norm)
         dk[i], dv[i] = errors_backward(chunks, walk.network, block, danchor, norm)
         if i > 0:
             memory.give(running)
 
-    walk.box.queries.put(grads.q, dq)
-    walk.box.tokens.put(grads.k, dk)
-    walk.box.tokens.put(grads.v, dv)
-    for grad, gate in zip(grads[3:6], walk.gates.backward(dtables), strict=True):
-        walk.box.tokens.put(grad, gate)
+    walk.box.queries.put(grads[0], dq)
+    for grad, x in zip(grads[1:], (dk, dv, *walk.gates.backward(dtables)), strict=True):
+        walk.box.tokens.put(grad, x)
     return danchor, drunning

@@ -11,49 +11,33 @@ import torch
 from torch import Tensor
 
 from ..coefficients import Coefficients, coefficients, coefficients_backward
+from ..packing import Packed, accumulator
 from .block import BlockCoefficients
-from .layout import Span
+from .layout import Places, Span
 
 
-class Inputs(NamedTuple):
-    """Tokens of all sequences in one row; those of tails come first, and have no queries."""
-
-    q: Tensor  # [Mq, H, D]
-    k: Tensor  # [M, H, D]
-    v: Tensor  # [M, H, D]
-    theta: Tensor  # [M, H, G], G is 1 or one per layer
-    alpha: Tensor  # [M, H, G]
-    eta: Tensor  # [M, H, G]
-    norm_weight: Tensor | None = None  # [H, D]
-    norm_bias: Tensor | None = None  # [H, D]
-
-
-def compute_dtype(q: Tensor) -> torch.dtype:
-    """What everything is computed in, whatever is read and returned."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def norm_rows(
-    norm: tuple[Tensor | None, Tensor | None] | None, sequences: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor] | None:
-    """LayerNorm weight and bias, [H, D] each, of every row, [R, 1, D] each."""
-    weight, bias = norm or (None, None)
-    if weight is None or bias is None:
+def norm_rows(norm: Tensor | None, sequences: int) -> tuple[Tensor, Tensor] | None:
+    """LayerNorm weight and bias, [H, 2, D], of every row, [R, 1, D] each."""
+    if norm is None:
         return None
-    rows = lambda x: x.to(dtype).repeat(sequences, 1).unsqueeze(1)  # noqa: E731
-    return rows(weight), rows(bias)
+    weight, bias = norm.repeat(sequences, 1, 1).split(1, 1)
+    return weight, bias
 
 
-class _Places(NamedTuple):
-    """Where the tokens of a box lie in a tensor of [tokens x heads] rows."""
+class Rows:
+    """The rows of a box, [g, n, H, N], in a tensor of [tokens x heads] rows."""
 
-    row: Tensor  # [g, n, H, N]
-    valid: Tensor | None  # likewise; None: every place is a token's
+    def __init__(self, places: Places, heads: int):
+        head = torch.arange(heads, device=places.row.device).unsqueeze(1)
+        self.row = places.row.unsqueeze(2) * heads + head
+        self.valid = places.valid
+        if self.valid is not None:
+            self.valid = self.valid.unsqueeze(2).expand_as(self.row)
 
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[M, H, width] to [g, R, N, width], zero where there is no token."""
         g, n, H, N = self.row.shape
-        x = x.flatten(0, 1) if len(x) else x.new_zeros(1, x.shape[-1])  # no queries, but a tail
+        x = x.flatten(0, 1) if len(x) else x.new_zeros(H, x.shape[-1])  # no queries, but a tail
         out = x.index_select(0, self.row.flatten()).to(dtype)
         if self.valid is not None:
             out = out.masked_fill(~self.valid.reshape(-1, 1), 0.0)
@@ -71,16 +55,10 @@ class _Places(NamedTuple):
 class Box:
     """Where a span's tokens and queries come from and go to."""
 
-    def __init__(self, span: Span, heads: int, table: int):
-        # A token and a head are one row.
-        head = torch.arange(heads, device=span.token.device).unsqueeze(1)
-        row = span.token.unsqueeze(2) * heads + head
-        valid = None if span.valid is None else span.valid.unsqueeze(2).expand_as(row)
-        self.tokens = self.queries = _Places(row, valid)
-        if table:  # tokens of tails have no queries
-            asks = (span.token >= table).unsqueeze(2).expand_as(row)
-            asks = asks if valid is None else asks & valid
-            self.queries = _Places((row - table * heads).where(asks, 0), asks)
+    def __init__(self, span: Span, heads: int):
+        self.tokens = self.queries = Rows(span.tokens, heads)
+        if span.queries is not span.tokens:
+            self.queries = Rows(span.queries, heads)
 
 
 class Tables(NamedTuple):
@@ -104,13 +82,13 @@ class Tables(NamedTuple):
 class Gates:
     """The gates of a span, and the way from them to tables and from tables' gradients back."""
 
-    def __init__(self, span: Span, box: Box, inputs: Inputs):
+    def __init__(self, span: Span, box: Box, packed: Packed):
         g, n, H, N = box.tokens.row.shape
         self.valid = None if box.tokens.valid is None else box.tokens.valid.reshape(g, n * H, N)
-        take = lambda x: box.tokens.take(x, compute_dtype(inputs.q)).movedim(-1, 0)  # noqa: E731
+        take = lambda x: box.tokens.take(x, accumulator(packed.q)).movedim(-1, 0)  # noqa: E731
         # [G, g, R, N] each
-        self.gates = take(inputs.theta), take(inputs.alpha), take(inputs.eta)
-        end = span.token.new_full((g, n), N) if span.end is None else span.end
+        self.gates = take(packed.theta), take(packed.alpha), take(packed.eta)
+        end = box.tokens.row.new_full((g, n), N) if span.end is None else span.end
         self.end = end.repeat_interleave(H, 1)[None, :, :, None, None]  # [1, g, R, 1, 1]
 
     def tables(self) -> Tables:

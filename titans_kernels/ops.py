@@ -1,0 +1,292 @@
+"""The memory as custom ops, which compilation, export and checkpointing take as they are.
+
+Ops are flat: tensors, lists of them and scalars in, new tensors out. `backend` names the module
+that computes them, which has `forward`, `backward`, `kept_shapes`, `retrieve`, `retrieve_backward`.
+What backward needs beyond the arguments is an output of forward, where it is asked to save.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .packing import Options, Packed, Reading
+
+_PACKED = (
+    "Tensor q, Tensor k, Tensor v, Tensor theta, Tensor alpha, Tensor eta, Tensor[] weights, "
+    "Tensor[] momentum, Tensor? norm, Tensor cu, Tensor tail, Tensor ask"
+)
+_READING = "Tensor q, Tensor[] weights, Tensor? norm, Tensor cu"
+_OPTIONS = "str backend, str activation, bool residual"
+_MODULES = {"torch": "chunked", "triton": "kernels"}
+_P, _R = len(Packed._fields), len(Reading._fields)
+
+Maybe = Tensor | None
+
+
+def _module(backend: str) -> ModuleType:
+    """Triton is imported only where it runs."""
+    return importlib.import_module(f".{_MODULES[backend]}.operator", __package__)
+
+
+def _closed(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Autograd and autocast end at an op."""
+
+    @wraps(op)
+    def run(q: Tensor, *args: Any) -> Any:
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            return op(q, *args)
+
+    return run
+
+
+def _dense(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _saves(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+# ------------------------------------------------------------------------------------ the memory
+
+
+def neural_memory(
+    packed: Packed, backend: str, options: Options, chunk_size: int, longest: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Answers [Mq, H, D]; and weights, then momenta, [N, H, d_in, d_out] after the last chunk."""
+    chunk_size = min(chunk_size, 2**31 - 1)  # kernels count a chunk's tokens in int32
+    save = _saves(packed.differentiable())
+    o, final, _ = _memory(*packed, backend, *options, chunk_size, longest, save)
+    return o, final
+
+
+def _kept(packed: Packed, backend: str, chunk_size: int, save: bool) -> list[Tensor]:
+    shapes = _module(backend).kept_shapes(packed, chunk_size) if save else []
+    return [packed.weights[0].new_zeros(shape) for shape in shapes]
+
+
+@torch.library.custom_op(
+    "titans_kernels::neural_memory",
+    mutates_args=(),
+    schema=f"({_PACKED}, {_OPTIONS}, SymInt chunk_size, SymInt longest, bool save)"
+    " -> (Tensor o, Tensor[] final, Tensor[] kept)",
+)
+@_closed
+def _memory(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    packed, (backend, *options, chunk_size, longest, save) = Packed(*args[:_P]), args[_P:]
+    kept = _kept(packed, backend, chunk_size, save)
+    run = _module(backend).forward
+    return *run(packed, Options(*options), chunk_size, longest, kept), kept
+
+
+@_memory.register_fake
+def _(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    packed, (backend, *_, chunk_size, _, save) = Packed(*args[:_P]), args[_P:]
+    final = [*packed.weights, *packed.momentum]
+    return _dense(packed.q), list(map(_dense, final)), _kept(packed, backend, chunk_size, save)
+
+
+@torch.library.custom_op(
+    "titans_kernels::neural_memory_backward",
+    mutates_args=(),
+    schema=f"({_PACKED}, {_OPTIONS}, SymInt chunk_size, SymInt longest, Tensor[] kept, "
+    "Tensor do, Tensor[] dfinal) -> Tensor[]",
+)
+@_closed
+def _memory_backward(*args: Any) -> list[Tensor]:
+    backend, *options, chunk_size, longest, kept, do, dfinal = args[_P:]
+    run = _module(backend).backward
+    return run(Packed(*args[:_P]), Options(*options), chunk_size, longest, kept, do, dfinal)
+
+
+@_memory_backward.register_fake
+def _(*args: Any) -> list[Tensor]:
+    return list(map(_dense, Packed(*args[:_P]).differentiable()))
+
+
+def _memory_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    (*_, kept), (*ctx.how, ctx.saved) = output, inputs[_P:]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*kept)
+    _save(ctx, (Packed(*inputs[:_P]), kept))
+
+
+def _memory_vjp(ctx: Any, do: Maybe, dfinal: list[Maybe], _: Any) -> tuple[Any, ...]:
+    if not ctx.saved:
+        raise RuntimeError("titans_kernels::neural_memory: save is False, gradients take True")
+    packed, kept = _saved(ctx)
+    like = (packed.q, *packed.weights, *packed.momentum)
+    d_o, *d_final = map(_or_zeros, (do, *dfinal), like)
+    grads = _memory_backward(*packed, *ctx.how, kept, d_o, d_final)
+    return *_gradients(packed, grads), *[None] * (len(ctx.how) + 1)
+
+
+def _memory_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    *ctx.how, kept, do, dfinal = inputs[_P:]
+    ctx.kept = len(kept)
+    _save(ctx, (Packed(*inputs[:_P]), do, dfinal))
+
+
+def _memory_second(ctx: Any, ddgrads: list[Maybe]) -> tuple[Any, ...]:
+    (backend, *options, chunk_size, longest), (packed, do, dfinal) = ctx.how, _saved(ctx)
+
+    def forward(*tensors: Tensor) -> list[Tensor]:
+        again = packed.like(list(tensors))
+        o, final = _module(backend).forward(again, Options(*options), chunk_size, longest, [])
+        return [o, *final]
+
+    grads, (ddo, *ddfinal) = _second_vjp(
+        backend, forward, packed.differentiable(), [do, *dfinal], ddgrads
+    )
+    return *_gradients(packed, grads), *[None] * len(ctx.how), [None] * ctx.kept, ddo, ddfinal
+
+
+torch.library.register_autograd(_memory, _memory_vjp, setup_context=_memory_context)
+torch.library.register_autograd(
+    _memory_backward, _memory_second, setup_context=_memory_backward_context
+)
+
+
+# -------------------------------------------------------------------------------------- reading
+
+
+def retrieve(reading: Reading, backend: str, options: Options, longest: int) -> Tensor:
+    """Answers [M, H, D]."""
+    return _retrieve(*reading, backend, *options, longest)
+
+
+@torch.library.custom_op(
+    "titans_kernels::retrieve",
+    mutates_args=(),
+    schema=f"({_READING}, {_OPTIONS}, SymInt longest) -> Tensor",
+)
+@_closed
+def _retrieve(*args: Any) -> Tensor:
+    reading, (backend, *options, longest) = Reading(*args[:_R]), args[_R:]
+    return _module(backend).retrieve(reading, Options(*options), longest)
+
+
+@_retrieve.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return _dense(q)
+
+
+@torch.library.custom_op(
+    "titans_kernels::retrieve_backward",
+    mutates_args=(),
+    schema=f"({_READING}, {_OPTIONS}, SymInt longest, Tensor do) -> Tensor[]",
+)
+@_closed
+def _retrieve_backward(*args: Any) -> list[Tensor]:
+    reading, (backend, *options, longest, do) = Reading(*args[:_R]), args[_R:]
+    return _module(backend).retrieve_backward(reading, Options(*options), longest, do)
+
+
+@_retrieve_backward.register_fake
+def _(*args: Any) -> list[Tensor]:
+    return list(map(_dense, Reading(*args[:_R]).differentiable()))
+
+
+def _retrieve_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.how = inputs[_R:]
+    _save(ctx, Reading(*inputs[:_R]))
+
+
+def _retrieve_vjp(ctx: Any, do: Tensor) -> tuple[Any, ...]:
+    reading = _saved(ctx)
+    grads = _retrieve_backward(*reading, *ctx.how, do)
+    return *_gradients(reading, grads), *[None] * len(ctx.how)
+
+
+def _retrieve_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    *ctx.how, do = inputs[_R:]
+    _save(ctx, (Reading(*inputs[:_R]), do))
+
+
+def _retrieve_second(ctx: Any, ddgrads: list[Maybe]) -> tuple[Any, ...]:
+    (backend, *options, longest), (reading, do) = ctx.how, _saved(ctx)
+
+    def forward(*tensors: Tensor) -> list[Tensor]:
+        return [_module(backend).retrieve(reading.like(list(tensors)), Options(*options), longest)]
+
+    grads, (ddo,) = _second_vjp(backend, forward, reading.differentiable(), [do], ddgrads)
+    return *_gradients(reading, grads), *[None] * len(ctx.how), ddo
+
+
+torch.library.register_autograd(_retrieve, _retrieve_vjp, setup_context=_retrieve_context)
+torch.library.register_autograd(
+    _retrieve_backward, _retrieve_second, setup_context=_retrieve_backward_context
+)
+
+
+# ------------------------------------------------------------------------------ what both share
+
+
+def _save(ctx: Any, tree: Any) -> None:
+    tensors, ctx.spec = pytree.tree_flatten(tree)
+    ctx.save_for_backward(*tensors)
+
+
+def _saved(ctx: Any) -> Any:
+    return pytree.tree_unflatten(ctx.saved_tensors, ctx.spec)
+
+
+def _or_zeros(dx: Maybe, x: Tensor) -> Tensor:
+    return torch.zeros_like(x, memory_format=torch.contiguous_format) if dx is None else dx
+
+
+def _gradients(arguments: Any, grads: list[Maybe]) -> list[Any]:
+    """In the places of the arguments; what cannot be differentiated has none."""
+    names = ("cu", "tail", "ask")
+    none = {name: None for name in names if name in arguments._fields}
+    return list(arguments.like(grads)._replace(**none))
+
+
+def _second_vjp(
+    backend: str,
+    forward: Callable[..., list[Tensor]],
+    inputs: list[Tensor],
+    cotangents: list[Tensor],
+    ddgrads: list[Maybe],
+) -> tuple[list[Maybe], list[Maybe]]:
+    """From gradients of `forward`'s gradients to those of its inputs and of its cotangents.
+
+    Through the operations of the PyTorch backend, which autograd can differentiate any further.
+    """
+    if backend != "torch":
+        raise RuntimeError(
+            f"backend: got {backend!r}, which takes first derivatives; "
+            "second derivatives take backend='torch'"
+        )
+    again = torch.is_grad_enabled()
+    device = inputs[0].device.type
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
+        # Views, so that gradients stop here where one input was made from another.
+        x, dy = (
+            [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors]
+            for tensors in (inputs, cotangents)
+        )
+        dx = torch.autograd.grad(
+            forward(*x), x, dy, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        pairs = [
+            (d, dd) for d, dd in zip(dx, ddgrads, strict=True) if dd is not None and d.requires_grad
+        ]
+        found = torch.autograd.grad(
+            [d for d, _ in pairs],
+            [*x, *dy],
+            [dd for _, dd in pairs],
+            create_graph=again,
+            allow_unused=True,
+        )
+    return list(found[: len(x)]), list(found[len(x) :])
