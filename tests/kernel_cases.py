@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 from inputs import make_inputs
+from torch.utils import _pytree as pytree
 
 import reference
 from titans_kernels import MemoryState
@@ -64,6 +65,16 @@ def inputs_of(case):
         _, state = reference.neural_memory(**behind, **options, output_final_state=True)
         options["initial_state"] = MemoryState(*state)
     return inputs | options
+
+
+def leaves_of(case):
+    """The same, every floating-point tensor a leaf of its own."""
+
+    def leaf(x):
+        floating = torch.is_tensor(x) and x.is_floating_point()
+        return x.detach().clone().requires_grad_() if floating else x
+
+    return pytree.tree_map(leaf, inputs_of(case))
 
 
 # ------------------------------------------------------------------------------------- the tables

@@ -21,6 +21,8 @@ def coefficients_kernel(
     p_c,
     p_G,  # out [slots, H, L, BT, BT]
     p_end,  # out [slots, H, L, 4 + 2 BT]: a, c, p, unused, G, P of the state handed on
+    p_p,  # out [slots, H, L, BT], where the backward pass wants them
+    p_P,  # out [slots, H, L, BT, BT]
     p_cu,  # [N + 1]
     group,  # index of the first block of the group
     BLOCKS: tl.constexpr,  # of a group, per sequence
@@ -30,6 +32,7 @@ def coefficients_kernel(
     TOKENS: tl.constexpr,  # of a block
     SPAN: tl.constexpr,  # blocks to a chunk
     BT: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     i_slot, i_h, i_l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     first, count, end = block_of(p_cu, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
@@ -65,6 +68,9 @@ def coefficients_kernel(
         tl.store(p_a + out * BT + t, a)
         tl.store(p_c + out * BT + t, c)
         tl.store(p_G + (out * BT + t) * BT + o_t, b_G)
+        if KEEP:
+            tl.store(p_p + out * BT + t, p)
+            tl.store(p_P + (out * BT + t) * BT + o_t, b_P)
         if t + 1 == end:
             tl.store(p_end, a)
             tl.store(p_end + 1, c)

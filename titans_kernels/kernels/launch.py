@@ -78,29 +78,55 @@ class Scratch(NamedTuple):
     c: Tensor
     G: Tensor  # [slots, H, L, BT, BT]
     end: Tensor  # [slots, H, L, 4 + 2 BT]
-    z: Tensor  # [N, H, BT, hidden]
+    z: Tensor  # [N, H, BT, hidden], [slots, ...] for the backward pass
     x: Tensor  # [slots, H, BT, hidden]
     d: tuple[Tensor, ...]  # per layer [slots, H, BT, d_out]
     weights: tuple[Tensor, ...]  # per layer [slots, H, d_in, d_out]
     momentum: tuple[Tensor, ...]
+    trace: Trace | None
 
 
-def allocate(tokens: Tokens, state: list[Tensor], problem: Problem) -> Scratch:
+class Trace(NamedTuple):
+    """What the backward pass wants of a group beside."""
+
+    p: Tensor  # [slots, H, L, BT]
+    P: Tensor  # [slots, H, L, BT, BT]
+    y: Tensor  # [slots, H, BT, D], keys' last products
+    e: Tensor  # [slots, H, BT, hidden], keys' errors behind the activation
+    query_z: Tensor  # [slots, H, BT, hidden], queries' first products
+    query_h: Tensor  # [slots, H, BT, hidden], inputs of the last layer
+    query_y: Tensor  # [slots, H, BT, D], last products
+
+
+def allocate(tokens: Tokens, state: list[Tensor], problem: Problem, keep: bool = False) -> Scratch:
     """Scratch for `problem.group` blocks of every sequence; `state` are weights, [N, H, ...]."""
-    N, H = len(tokens.cu) - 1, tokens.k.shape[1]
+    N, (H, D) = len(tokens.cu) - 1, tokens.k.shape[1:]
     L, BT, slots = tokens.theta.shape[2], problem.tile.block, N * problem.group
     hidden, acc = state[0].shape[-1], state[0].dtype
+    inner = hidden if len(state) > 1 else 0
     new = tokens.k.new_empty
+    trace = None
+    if keep:
+        trace = Trace(
+            new(slots, H, L, BT, dtype=acc),
+            new(slots, H, L, BT, BT, dtype=acc),
+            new(slots, H, BT, D, dtype=acc),
+            new(slots, H, BT, inner, dtype=acc),
+            new(slots, H, BT, inner, dtype=acc),
+            new(slots, H, BT, inner),
+            new(slots, H, BT, D, dtype=acc),
+        )
     return Scratch(
         new(slots, H, L, BT, dtype=acc),
         new(slots, H, L, BT, dtype=acc),
         new(slots, H, L, BT, BT, dtype=acc),
         new(slots, H, L, 4 + 2 * BT, dtype=acc),
-        new(N, H, BT, hidden, dtype=acc),
-        new(slots, H, BT, hidden if len(state) > 1 else 0),
+        new(slots if keep else N, H, BT, hidden, dtype=acc),
+        new(slots, H, BT, inner),
         tuple(new(slots, H, BT, W.shape[-1], dtype=acc) for W in state),
         tuple(new(slots, *W.shape[1:]) for W in state),
         tuple(new(slots, *W.shape[1:]) for W in state),
+        trace,
     )
 
 
@@ -114,6 +140,8 @@ def coefficients(tokens: Tokens, scratch: Scratch, first_block: int, problem: Pr
         p_c=scratch.c,
         p_G=scratch.G,
         p_end=scratch.end,
+        p_p=scratch.trace.p if scratch.trace else scratch.a,
+        p_P=scratch.trace.P if scratch.trace else scratch.a,
         p_cu=tokens.cu,
         group=first_block,
         BLOCKS=problem.group,
@@ -123,6 +151,7 @@ def coefficients(tokens: Tokens, scratch: Scratch, first_block: int, problem: Pr
         TOKENS=problem.blocks.tokens,
         SPAN=problem.blocks.span,
         BT=BT,
+        KEEP=scratch.trace is not None,
         **problem.tile.coefficients.options(),
     )
 
@@ -168,12 +197,15 @@ def scan(
         p_S1_out=scratch.momentum[0],
         p_W2_out=scratch.weights[last],
         p_S2_out=scratch.momentum[last],
+        p_y=scratch.trace.y if scratch.trace else scratch.z,
+        p_e=scratch.trace.e if scratch.trace else scratch.z,
         p_cu=tokens.cu,
         group=first_block,
         blocks=problem.group,
         chunks=problem.blocks.chunks,
         hidden=weights[0].shape[-1],
         BC=max(16, triton.next_power_of_2(chunk)),
+        KEEP=scratch.trace is not None,
         **problem.sizes(tokens, weights[0].shape[-1]),
         **problem.options(depth),
         **problem.tile.scan.options(),
@@ -183,7 +215,7 @@ def scan(
 def retrieve(
     q: Tensor, o: Tensor, tokens: Tokens, scratch: Scratch, first_block: int, problem: Problem
 ) -> None:
-    """Answers of one group's tokens into o, [Mq, H, D]."""
+    """Answers of one group's tokens into o, [Mq, H, D]; or what the backward pass wants of them."""
     depth, last = len(scratch.d), len(scratch.d) - 1
     slots, H = scratch.a.shape[:2]
     retrieve_kernel[(slots, H, problem.tile.block // problem.tile.queries)](
@@ -201,12 +233,16 @@ def retrieve(
         p_G=scratch.G,
         p_norm=scratch.a if problem.norm is None else problem.norm,
         p_o=o,
+        p_z=scratch.trace.query_z if scratch.trace else scratch.z,
+        p_h=scratch.trace.query_h if scratch.trace else scratch.x,
+        p_y=scratch.trace.query_y if scratch.trace else scratch.z,
         p_cu=tokens.cu,
         p_tail=tokens.tail,
         p_ask=tokens.ask,
         group=first_block,
         hidden=scratch.weights[0].shape[-1],
         BQ=problem.tile.queries,
+        KEEP=scratch.trace is not None,
         **problem.sizes(tokens, scratch.weights[0].shape[-1]),
         **problem.options(depth),
         **problem.tile.retrieve.options(),

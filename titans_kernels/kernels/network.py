@@ -46,6 +46,23 @@ def slope(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def curvature(z, ACTIVATION: tl.constexpr):
+    """The derivative of `slope`."""
+    if ACTIVATION == "gelu_tanh":  # of z s(u): s'(u) ((z u' (1 - 2 s) + 4) u' - 2 c)
+        s = 1.0 / (1.0 + tl.exp(-z * (z * z * _CB + _C)))
+        du = z * z * (3.0 * _CB) + _C
+        return s * (1.0 - s) * ((z * du * (1.0 - 2.0 * s) + 4.0) * du - 2.0 * _C)
+    elif ACTIVATION == "gelu":
+        density = tl.exp(-0.5 * z * z) * 0.3989422804014327
+        return density * (2.0 - z * z)
+    elif ACTIVATION == "silu":
+        s = 1.0 / (1.0 + tl.exp(-z))
+        return s * (1.0 - s) * (2.0 + z * (1.0 - 2.0 * s))
+    else:
+        return tl.zeros(z.shape, z.dtype)
+
+
+@triton.jit
 def standardise(y, m_d, D: tl.constexpr):
     """(y - mean) / std over the first D rows of y [BD, n], and 1 / std [1, n]."""
     mean = tl.sum(y, 0) / D
@@ -68,6 +85,24 @@ def head(y, x, p_norm, o_d, m_d, D: tl.constexpr, HAS_NORM: tl.constexpr, RESIDU
 
 
 @triton.jit
+def jacobian(u, n, r, m_d, D: tl.constexpr):
+    """The derivative of `standardise`, its own transpose, times u [BD, n]."""
+    centred = u - (tl.sum(u, 0) / D)[None, :] - n * (tl.sum(u * n, 0) / D)[None, :]
+    return tl.where(m_d[:, None], r * centred, 0.0)
+
+
+@triton.jit
+def head_backward(do, y, p_norm, o_d, m_d, D: tl.constexpr, HAS_NORM: tl.constexpr):
+    """Gradient of y, and of the LayerNorm's weight and bias [BD], from that of `head`."""
+    if HAS_NORM:
+        w = tl.load(p_norm + o_d, mask=m_d, other=0.0).to(y.dtype)
+        n, r = standardise(y, m_d, D)
+        return jacobian(w[:, None] * do, n, r, m_d, D), tl.sum(do * n, 1), tl.sum(do, 1)
+    else:
+        return do, tl.sum(do, 1), tl.sum(do, 1)
+
+
+@triton.jit
 def error(
     y, k, v, p_norm, o_d, m_d, D: tl.constexpr, HAS_NORM: tl.constexpr, RESIDUAL: tl.constexpr
 ):
@@ -76,7 +111,31 @@ def error(
     if HAS_NORM:
         w = tl.load(p_norm + o_d, mask=m_d, other=0.0).to(y.dtype)
         n, r = standardise(y, m_d, D)
-        u = w[:, None] * miss
-        centred = u - (tl.sum(u, 0) / D)[None, :] - n * (tl.sum(u * n, 0) / D)[None, :]
-        miss = tl.where(m_d[:, None], r * centred, 0.0)
+        miss = jacobian(w[:, None] * miss, n, r, m_d, D)
     return miss
+
+
+@triton.jit
+def error_backward(
+    dd, y, k, v, p_norm, o_d, m_d, D: tl.constexpr, HAS_NORM: tl.constexpr, RESIDUAL: tl.constexpr
+):
+    """From the gradient of `error`: of y, of f(k) [BD, n], of the LayerNorm's parameters [BD].
+
+    v's is minus that of f(k), k's the same as it where there is a residual.
+    """
+    if HAS_NORM:
+        w = tl.load(p_norm + o_d, mask=m_d, other=0.0).to(y.dtype)[:, None]
+        n, r = standardise(y, m_d, D)
+        miss = 2.0 * (head(y, k, p_norm, o_d, m_d, D, HAS_NORM, RESIDUAL) - v)
+        du = jacobian(dd, n, r, m_d, D)
+        df = 2.0 * w * du
+        # The Jacobian that made the error of u depends on y too, through n and through r.
+        u = w * miss
+        un, ddn = tl.sum(u * n, 0) / D, tl.sum(dd * n, 0) / D
+        dn = w * df - r * (dd * un[None, :] + u * ddn[None, :])
+        stretch = tl.sum(dd * jacobian(u, n, r, m_d, D), 0) / D  # of r, times r / D
+        dy = jacobian(dn, n, r, m_d, D) - stretch[None, :] * r * n
+        return dy, df, tl.sum(miss * du + n * df, 1), tl.sum(df, 1)
+    else:
+        df = 2.0 * dd
+        return df, df, tl.sum(df, 1), tl.sum(df, 1)

@@ -1,182 +1,245 @@
-"""The operators on the Triton backend: arguments to what the kernels take, and results back.
-
-Nothing here waits for the GPU: lengths are looked at only where they are on the host already, and
-sizes of scratch and grids are bounds that hold whatever the lengths are.
-"""
+"""The operators on the Triton backend: what is packed to what the kernels take, group by group."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from math import ceil
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..chunked import Options
-from ..state import MemoryState
-from . import launch
-from .launch import Problem, Tokens
+from ..chunked.operator import retrieve_backward  # plain products, of any memory
+from ..packing import Options, Packed, Reading
+from . import launch, launch_backward
+from .launch import Problem, Scratch, Tokens
+from .launch_backward import StateGrad, TokenGrad
 from .tiles import Blocks, Tile, architecture, tile
+
+__all__ = ["backward", "forward", "kept_shapes", "retrieve", "retrieve_backward"]
 
 GROUP = 2048  # tokens of a sequence whose scratch is held at a time
 
 
-def _starts(q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
-    """First token of every sequence and the end of the last, [N + 1]; the most that one has."""
-    B, T = q.shape[:2]
-    if cu_seqlens is None:
-        return torch.arange(B + 1, device=q.device) * T, T
-    longest = T
-    if cu_seqlens.device.type == "cpu":
-        longest = max((b - a for a, b in pairwise(cu_seqlens.tolist())), default=0)
-    return cu_seqlens.to(q.device, torch.int64), longest
+def _tile(q: Tensor, weights: list[Tensor], *chunk_size: int) -> Tile:
+    return tile(q.shape[2], weights[0].shape[-1], q.dtype, architecture(q.device), *chunk_size)
 
 
-def _packed(norm: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor | None:
-    """LayerNorm weight and bias as [H, 2, D]."""
-    return None if norm is None else torch.stack(norm, 1).to(dtype).contiguous()
+Count = TypeVar("Count", int, Tensor)
 
 
-def _tokens(
-    k: Tensor,
-    v: Tensor,
-    gates: tuple[Tensor, Tensor, Tensor],
-    state: MemoryState | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tokens, int, Tensor]:
-    """All tokens end to end, the tokens of the longest sequence at most, lengths with tails [N]."""
-    B, T = k.shape[:2]
-    flat = [_flat(x) for x in (k, v, *gates)]
-    starts, longest = _starts(k, cu_seqlens)
-    lengths = starts.diff()
-    if state is None:
-        tail = torch.zeros_like(lengths)
-        k, v, theta, alpha, eta = flat
-        return Tokens(k, v, theta, alpha, eta, starts, tail, starts[:-1]), longest, lengths
+class Intervals(NamedTuple):
+    """How far apart the states are that forward keeps: so many blocks of a sequence."""
 
-    N, C = len(lengths), state.chunk_size
-    tail = state.length.to(k.device, torch.int64)
-    lengths = lengths + tail
-    cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    place = torch.arange(N * (C - 1) + B * T, device=k.device)  # as many as there may be
-    n = torch.searchsorted(cu[1:], place, right=True).clamp(max=N - 1)
-    at = place - cu[n]
-    source = torch.where(at < tail[n], n * C + at, N * C + starts[n] + at - tail[n])
-    source = source.where(place < cu[-1], 0)
-    tails = (state.k, state.v, state.theta, state.alpha, state.eta)
-    k, v, theta, alpha, eta = (
-        torch.cat([_flat(old).to(new.dtype), new]).index_select(0, source)
-        for old, new in zip(tails, flat, strict=True)
-    )
-    return (
-        Tokens(k, v, theta, alpha, eta, cu, tail, starts[:-1]),
-        longest + C - 1,
-        lengths,
-    )
+    blocks: int
+    size: int  # blocks in a period,
+    period: int  # and its tokens: of a block, or of a chunk that spans several
+
+    @classmethod
+    def of(cls, chunk_size: int, size: Tile, blocks: Blocks) -> Intervals:
+        period = blocks.tokens if blocks.span == 1 else chunk_size
+        return cls(max(1, GROUP // size.block), blocks.span, period)
+
+    def rows(self, tokens: Count) -> Count:
+        """Intervals in so many tokens. A sequence's n tokens start at most rows(n) after its first.
+
+        So row `rows(start) + i` is nobody else's, for the i-th after the first of the sequence
+        with this start: rows(start) + rows(n) is at most rows(start + n).
+        """
+        return tokens * self.size // (self.blocks * self.period)
 
 
-def _flat(x: Tensor) -> Tensor:
-    """[B, T, H, ...] to [B T, H, width], dense."""
-    return x.reshape(-1, x.shape[2], *(x.shape[3:] or (1,))).contiguous()
+class Plan(NamedTuple):
+    """How the walk goes over all sequences."""
+
+    problem: Problem  # its group divides an interval
+    intervals: Intervals
+    most: int  # blocks of a sequence, at most
+    tokens: Tokens
+
+    @classmethod
+    def of(cls, packed: Packed, options: Options, chunk_size: int, longest: int) -> Plan:
+        size = _tile(packed.q, packed.weights, chunk_size)
+        blocks = Blocks.of(chunk_size, size)
+        intervals = Intervals.of(chunk_size, size, blocks)
+        if blocks.span == 1:
+            most = ceil(longest / blocks.tokens)
+        else:
+            whole, rest = divmod(longest, chunk_size)
+            most = whole * blocks.span + ceil(rest / blocks.tokens)
+        N = max(len(packed.tail), 1)
+        total = ceil(len(packed.k) / blocks.tokens) + N  # blocks of all sequences, at most
+        wanted = min(most, ceil(total / N))
+        # Kernels are compiled for a group's blocks, and must not be anew for every length.
+        group = next(
+            n
+            for n in range(1, intervals.blocks + 1)
+            if intervals.blocks % n == 0 and (n >= wanted or n == intervals.blocks)
+        )
+        problem = Problem(chunk_size, blocks, group, *options, packed.norm, size)
+        return cls(problem, intervals, most, Tokens(*packed[1:6], *packed[9:]))
+
+    def kept_rows(self, first_block: int, rows: int) -> Tensor:
+        """Where each sequence keeps the state it starts this block with, [N]; `rows`: it has none.
+
+        The block is the first of an interval, and not of the walk.
+        """
+        (blocks, size, period), problem = self.intervals, self.problem
+        position = first_block // size * period + first_block % size * problem.blocks.tokens
+        row = self.intervals.rows(self.tokens.cu[:-1]) + (first_block // blocks - 1)
+        return row.where(self.tokens.cu.diff() > position, rows)
 
 
-def _open_chunks(
-    tokens: Tokens, lengths: Tensor, chunk_size: int, shapes: list[torch.Size]
-) -> list[Tensor]:
-    """The tails that are left, [N, chunk_size, ...] zero-padded, and their lengths."""
-    N, M = len(lengths), len(tokens.k)
-    length = lengths % chunk_size
-    offset = torch.arange(chunk_size, device=lengths.device)
-    place = (tokens.cu[1:, None] - length[:, None] + offset).clamp(max=max(M - 1, 0))
-    there = (offset < length[:, None])[:, :, None, None]
-    out = []
-    for x, shape in zip(tokens[:5], shapes, strict=True):
-        if M == 0:
-            out.append(x.new_zeros(N, chunk_size, *shape))
-            continue
-        tail = x.index_select(0, place.flatten()).view(N, chunk_size, *x.shape[1:])
-        out.append(tail.masked_fill(~there, 0.0).view(N, chunk_size, *shape))
-    return [*out, length.to(torch.int32)]
+def kept_shapes(packed: Packed, chunk_size: int) -> list[tuple[int, ...]]:
+    """Of what forward keeps for backward: weights and momenta, where a chunk spans blocks those
+    that it started with too, [rows, H, d_in, d_out] each; the last row is nobody's.
+
+    One row more: what is compiled for any number of tokens must not depend on whether there is one.
+    """
+    size = _tile(packed.q, packed.weights, chunk_size)
+    blocks = Blocks.of(chunk_size, size)
+    rows = Intervals.of(chunk_size, size, blocks).rows(packed.k.shape[0]) + 2
+    tables = [(rows, *w.shape[1:]) for w in (*packed.weights, *packed.momentum)]
+    return tables if blocks.span == 1 else tables * 2
 
 
-def neural_memory(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: tuple[Tensor, Tensor, Tensor],
-    weights: tuple[Tensor, ...],
-    norm: tuple[Tensor, Tensor] | None,
+def forward(
+    packed: Packed, options: Options, chunk_size: int, longest: int, kept: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Answers and final state; where there is anything to keep, it is filled in."""
+    plan = Plan.of(packed, options, chunk_size, longest)
+    problem, tokens = plan.problem, plan.tokens
+    depth = len(packed.weights)
+    # Running state, and that of the last whole chunk: another where a chunk spans blocks.
+    running = [_copy(x) for x in (*packed.weights, *packed.momentum)]
+    anchor = running if problem.blocks.span == 1 else [x.clone() for x in running]
+    o = torch.empty_like(packed.q)
+    if running[0].numel() and len(tokens.k):
+        scratch = launch.allocate(tokens, running[:depth], problem)
+        for first in range(0, plan.most, problem.group):
+            if kept and first and first % plan.intervals.blocks == 0:
+                rows = plan.kept_rows(first, len(kept[0]) - 1)
+                states = running if anchor is running else [*running, *anchor]
+                for table, state in zip(kept, states, strict=True):
+                    table.index_copy_(0, rows, state)
+            launch.coefficients(tokens, scratch, first, problem)
+            _scan(plan, (running, anchor), scratch, first)
+            if len(o):
+                launch.retrieve(packed.q, o, tokens, scratch, first, problem)
+    return o, anchor
+
+
+_DENSE = torch.contiguous_format
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=_DENSE)
+
+
+def backward(
+    packed: Packed,
     options: Options,
     chunk_size: int,
-    initial_state: MemoryState | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    use: Tile | None = None,
-) -> tuple[Tensor, MemoryState | None]:
-    """As the public operator, of arguments that fit and that kernels cover."""
-    H, D = q.shape[2:]
-    tokens, longest, lengths = _tokens(k, v, gates, initial_state, cu_seqlens)
-    N = len(lengths)
-    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if initial_state is None:
-        shared = [w.to(acc).contiguous() for w in weights]
-        W = [w.expand(N, *w.shape).clone() for w in shared]
-        S = [torch.zeros_like(w) for w in W]
+    longest: int,
+    kept: list[Tensor],
+    do: Tensor,
+    dfinal: list[Tensor],
+) -> list[Tensor]:
+    """Gradients of `packed.differentiable()`: interval after interval, the last first.
+
+    Of a group, forward is computed again: its scratch, of about 12 KB a token and head at D 64 and
+    hidden 256, is all that is held beside the states that forward kept, 128 bytes a token and head.
+    """
+    plan = Plan.of(packed, options, chunk_size, longest)
+    problem, tokens, depth = plan.problem, plan.tokens, len(packed.weights)
+    q, do, dnorm = packed.q.contiguous(), do.contiguous(), None
+    # zero where rows of the packed tokens are nobody's
+    dtokens = TokenGrad(*(torch.zeros_like(x, memory_format=_DENSE) for x in packed[:6]))
+    dstate, danchor = [_copy(x) for x in dfinal], [_copy(x) for x in dfinal]
+    if problem.blocks.span > 1:  # a chunk that is still open leaves its anchor as the final state
+        whole = (tokens.cu.diff() % chunk_size == 0)[:, None, None, None]
+        for running, anchor in zip(dstate, danchor, strict=True):
+            running.masked_fill_(~whole, 0.0)
+            anchor.masked_fill_(whole, 0.0)
+    state = StateGrad(dstate[:depth], dstate[depth:], danchor[:depth], danchor[depth:])
+    if packed.norm is not None:
+        dnorm = torch.zeros_like(packed.norm, memory_format=_DENSE)
+
+    if dstate[0].numel() and len(tokens.k):
+        scratch = launch.allocate(tokens, state.weights, problem, keep=True)
+        grad = launch_backward.allocate(scratch)
+        dnorm_keys = scratch.a.new_zeros(len(tokens.tail), *grad.norm.shape[1:])
+        for start in reversed(range(0, plan.most, plan.intervals.blocks)):
+            for first, states in reversed(_starts(plan, packed, kept, start, scratch)):
+                before = [x.to(q.dtype, copy=True) for x in states[1][:depth]]
+                launch.coefficients(tokens, scratch, first, problem)
+                _scan(plan, states, scratch, first)
+                launch.retrieve(q, q, tokens, scratch, first, problem)
+                at = (first, problem)
+                launch_backward.retrieve_backward(q, do, tokens, scratch, grad, *at)
+                launch_backward.scan_backward(
+                    q, tokens, scratch, before, grad, state, dtokens.v, dnorm_keys, *at
+                )
+                launch_backward.inputs_backward(
+                    q, do, tokens, scratch, before, grad, dtokens.q, dtokens.k, *at
+                )
+                launch_backward.coefficients_backward(tokens, scratch, grad, dtokens[3:], *at)
+                if dnorm is not None:
+                    dnorm += grad.norm.sum(0)
+        if dnorm is not None:
+            dnorm += dnorm_keys.sum(0)
+    return [*dtokens, *dstate, *([] if dnorm is None else [dnorm])]
+
+
+States = tuple[list[Tensor], list[Tensor]]  # running and anchor: weights, then momenta
+
+
+def _scan(plan: Plan, states: States, scratch: Scratch, first: int) -> None:
+    """One group; the states go on in place."""
+    running, anchor = states
+    depth = len(running) // 2
+    launch.scan(
+        plan.tokens,
+        running[:depth],
+        running[depth:],
+        (anchor[:depth], anchor[depth:]),
+        scratch,
+        first,
+        plan.problem,
+    )
+
+
+def _starts(
+    plan: Plan, packed: Packed, kept: list[Tensor], start: int, scratch: Scratch
+) -> list[tuple[int, States]]:
+    """Groups of the interval from block `start` on, each with the states it starts with."""
+    problem, count = plan.problem, 2 * len(packed.weights)
+    if start == 0:
+        tables = [_copy(x) for x in (*packed.weights, *packed.momentum)]
+        tables += [] if problem.blocks.span == 1 else [x.clone() for x in tables]
     else:
-        W = [w.to(acc, copy=True).contiguous() for w in initial_state.weights]
-        S = [s.to(acc, copy=True).contiguous() for s in initial_state.momentum]
-
-    size = use or tile(D, weights[0].shape[-1], q.dtype, architecture(q.device))
-    chunk = min(chunk_size, 2**31 - 1)  # kernels count a chunk's tokens in int32
-    blocks = Blocks.of(chunk, size)
-    anchor = (W, S) if blocks.span == 1 else ([x.clone() for x in W], [x.clone() for x in S])
-    if blocks.span == 1:
-        most = ceil(longest / blocks.tokens)
-    else:
-        whole, rest = divmod(longest, chunk)
-        most = whole * blocks.span + ceil(rest / blocks.tokens)
-    total = ceil(len(tokens.k) / blocks.tokens) + N  # blocks of all sequences, at most
-    wanted = max(1, min(most, ceil(total / max(N, 1))))
-    # A power of two: kernels are compiled for it, and must not be anew for every length.
-    group = max(1, min(1 << (wanted - 1).bit_length(), GROUP // size.block))
-
-    packed = _packed(norm, acc)
-    problem = Problem(chunk, blocks, group, *options, packed, size)
-    asked = q.reshape(-1, H, D).contiguous()
-    o = torch.empty_like(asked)
-    if len(o) and N:
-        scratch = launch.allocate(tokens, W, problem)
-        for first in range(0, most, group):
-            launch.coefficients(tokens, scratch, first, problem)
-            launch.scan(tokens, W, S, anchor, scratch, first, problem)
-            launch.retrieve(asked, o, tokens, scratch, first, problem)
-    o = o.view(q.shape)
-    if not output_final_state:
-        return o, None
-    shapes = [x.shape[2:] for x in (k, v, *gates)]
-    tail = _open_chunks(tokens, lengths, chunk_size, shapes)
-    return o, MemoryState(tuple(anchor[0]), tuple(anchor[1]), *tail)
+        rows = plan.kept_rows(start, len(kept[0]) - 1)
+        tables = [table.index_select(0, rows) for table in kept]
+    running, anchor = tables[:count], tables[count:] or tables[:count]
+    found: list[tuple[int, States]] = []
+    stop = min(start + plan.intervals.blocks, plan.most)
+    for first in range(start, stop, problem.group):
+        if first > start:  # most often an interval is a group
+            running = [x.clone() for x in running]
+            anchor = running if problem.blocks.span == 1 else [x.clone() for x in anchor]
+            launch.coefficients(plan.tokens, scratch, first - problem.group, problem)
+            _scan(plan, (running, anchor), scratch, first - problem.group)
+        found.append((first, (running, anchor)))
+    return found
 
 
-def retrieve(
-    q: Tensor,
-    weights: tuple[Tensor, ...],
-    norm: tuple[Tensor, Tensor] | None,
-    options: Options,
-    cu_seqlens: Tensor | None,
-    use: Tile | None = None,
-) -> Tensor:
-    """f(q), of arguments that fit, at weights [N, H, d_in, d_out] of every sequence."""
-    H, D = q.shape[2:]
-    cu, longest = _starts(q, cu_seqlens)
-    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    o = launch.recall(
-        q.reshape(-1, H, D).contiguous(),
-        tuple(w.to(q.dtype).contiguous() for w in weights),
-        _packed(norm, acc),
-        cu,
+def retrieve(reading: Reading, options: Options, longest: int) -> Tensor:
+    """f(q) at the weights of every sequence."""
+    return launch.recall(
+        reading.q,
+        tuple(w.to(reading.q.dtype).contiguous() for w in reading.weights),
+        reading.norm,
+        reading.cu,
         longest,
         *options,
-        use or tile(D, weights[0].shape[-1], q.dtype, architecture(q.device)),
+        _tile(reading.q, reading.weights),
     )
-    return o.view(q.shape)

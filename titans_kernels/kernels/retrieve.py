@@ -29,6 +29,9 @@ def retrieve_kernel(
     p_G,  # [slots, H, L, BT, BT]
     p_norm,  # [H, 2, D]
     p_o,  # out [Mq, H, D]
+    p_z,  # or, where the backward pass wants them, out [slots, H, BT, HIDDEN]: first products,
+    p_h,  # what the activation makes of them,
+    p_y,  # [slots, H, BT, D]: and last products
     p_cu,  # [N + 1]
     p_tail,  # [N] tokens of tails
     p_ask,  # [N] first query
@@ -51,6 +54,7 @@ def retrieve_kernel(
     HAS_NORM: tl.constexpr,
     RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     i_slot, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first, count, _ = block_of(p_cu, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
@@ -136,6 +140,11 @@ def retrieve_kernel(
             b_d1 = tl.load(p_d1 + o_x, mask=m_x, other=0.0).to(OP)  # [BH, BT]
             b_z = tl.dot(b_d1, b_s, b_z, input_precision=PRECISION, out_dtype=ACC)
             b_h = activate(b_z, ACTIVATION)
+            if KEEP:
+                o_h_q = (i_b * BT + o_q[None, :]) * HIDDEN + (j + o_h)[:, None]
+                m_h_q = (o_q < count)[None, :] & m_h[:, None]
+                tl.store(p_z + o_h_q, b_z, mask=m_h_q)
+                tl.store(p_h + o_h_q, b_h.to(OP), mask=m_h_q)
 
             o_xt = o_t[:, None] * HIDDEN + (j + o_h)[None, :]
             b_x = tl.load(p_x + o_xt, mask=m_t[:, None] & m_h[None, :], other=0.0)  # [BT, BH]
@@ -160,6 +169,10 @@ def retrieve_kernel(
         b_s2 = (-b_G * b_s2).to(OP)
         b_y = tl.dot(b_d2, b_s2, b_y, input_precision=PRECISION, out_dtype=ACC)
 
-    b_q = tl.load(p_q + o_qd, mask=m_qd, other=0.0, cache_modifier=".ca")
-    b_o = head(b_y, b_q.to(ACC), p_norm, o_d, m_d, D, HAS_NORM, RESIDUAL)
-    tl.store(p_o + o_qd, b_o.to(p_o.dtype.element_ty), mask=m_qd)
+    if KEEP:
+        o_y = (i_b * BT + o_q[None, :]) * D + o_d[:, None]
+        tl.store(p_y + o_y, b_y, mask=(o_q < count)[None, :] & m_d[:, None])
+    else:
+        b_q = tl.load(p_q + o_qd, mask=m_qd, other=0.0, cache_modifier=".ca")
+        b_o = head(b_y, b_q.to(ACC), p_norm, o_d, m_d, D, HAS_NORM, RESIDUAL)
+        tl.store(p_o + o_qd, b_o.to(p_o.dtype.element_ty), mask=m_qd)

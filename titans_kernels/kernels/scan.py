@@ -77,7 +77,7 @@ def scan_kernel(
     p_S1_anchor,
     p_W2_anchor,
     p_S2_anchor,
-    p_z,  # scratch [N, H, BT, HIDDEN]
+    p_z,  # scratch [N, H, BT, HIDDEN]; with KEEP, out [slots, H, BT, HIDDEN], first products
     p_x,  # out [slots, H, BT, HIDDEN]
     p_d1,  # out [slots, H, BT, HIDDEN]
     p_d2,  # out [slots, H, BT, D]
@@ -85,6 +85,8 @@ def scan_kernel(
     p_S1_out,
     p_W2_out,
     p_S2_out,
+    p_y,  # where the backward pass wants them, out [slots, H, BT, D], last products
+    p_e,  # and [slots, H, BT, HIDDEN], errors behind the activation
     p_cu,
     group,
     blocks,
@@ -107,6 +109,7 @@ def scan_kernel(
     HAS_NORM: tl.constexpr,
     RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     i_n, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_i, o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, BC), tl.arange(0, BD), tl.arange(0, BH)
@@ -129,7 +132,6 @@ def scan_kernel(
     p_S1_anchor += i_s * W
     p_W2_anchor += i_s * W
     p_S2_anchor += i_s * W
-    p_z += i_s * BT * HIDDEN
 
     for i_block in tl.range(0, blocks, num_stages=1, disable_licm=True):
         first, count, _ = block_of(p_cu, i_n * BLOCKS + i_block, group, BLOCKS, CHUNK, TOKENS, SPAN)
@@ -143,6 +145,7 @@ def scan_kernel(
             p_end2 = p_end1 + i_l * (4 + 2 * BT)
             p_xb, p_d1b = p_x + i_b * BT * HIDDEN, p_d1 + i_b * BT * HIDDEN
             p_d2b = p_d2 + i_b * BT * D
+            p_zb = p_z + (i_b if KEEP else i_s) * BT * HIDDEN
             if SPAN == 1:
                 p_w1, p_s1 = p_W1_out + i_b * W, p_S1_out + i_b * W
                 p_w2, p_s2 = p_W2_out + i_b * W, p_S2_out + i_b * W
@@ -165,7 +168,7 @@ def scan_kernel(
                 b_w = tl.load(p_s1 + o_w, mask=m_w, other=0.0).to(OP)
                 b_z += b_c[None, :] * tl.dot(b_w, b_k, input_precision=PRECISION, out_dtype=ACC)
                 o_z = o_i[None, :] * HIDDEN + (j + o_h)[:, None]
-                tl.store(p_z + o_z, b_z, mask=m_i[None, :] & m_h[:, None])
+                tl.store(p_zb + o_z, b_z, mask=m_i[None, :] & m_h[:, None])
             tl.debug_barrier()
 
             for r in tl.range(0, chunks, num_stages=1, disable_licm=True):
@@ -197,7 +200,7 @@ def scan_kernel(
                 m_yp = m_p[None, :] & m_d[:, None]
                 o_yp = o_i[None, :] * D + o_d[:, None]
                 if DEPTH == 1:
-                    b_y = tl.load(p_z + o_yc, mask=m_yc, other=0.0)  # [BD, BC]
+                    b_y = tl.load(p_zb + o_yc, mask=m_yc, other=0.0)  # [BD, BC]
                     b_d = tl.load(p_d2b + o_yp, mask=m_yp, other=0.0).to(OP)  # [BD, BT]
                     b_y = tl.dot(b_d, b_s, b_y, input_precision=PRECISION, out_dtype=ACC)
                 else:
@@ -213,9 +216,9 @@ def scan_kernel(
                         o_p = o_i[None, :] * HIDDEN + (j + o_h)[:, None]
                         m_hp = m_p[None, :] & m_h[:, None]
                         b_d = tl.load(p_d1b + o_p, mask=m_hp, other=0.0).to(OP)  # [BH, BT]
-                        b_z = tl.load(p_z + o_x, mask=m_x, other=0.0)  # [BH, BC]
+                        b_z = tl.load(p_zb + o_x, mask=m_x, other=0.0)  # [BH, BC]
                         b_z = tl.dot(b_d, b_s, b_z, input_precision=PRECISION, out_dtype=ACC)
-                        tl.store(p_z + o_x, b_z, mask=m_x)
+                        tl.store(p_zb + o_x, b_z, mask=m_x)
                         b_h = activate(b_z, ACTIVATION)
                         tl.store(p_xb + o_x, b_h.to(OP), mask=m_x)
 
@@ -239,6 +242,8 @@ def scan_kernel(
                     b_s2 = (b_g2[:, None] * b_s2).to(OP)
                     b_y = tl.dot(b_d, b_s2, b_y, input_precision=PRECISION, out_dtype=ACC)
 
+                if KEEP:
+                    tl.store(p_y + i_b * BT * D + o_yc, b_y, mask=m_yc)
                 b_e = error(
                     b_y, b_kc.to(ACC), b_vc.to(ACC), p_norm, o_d, m_d, D, HAS_NORM, RESIDUAL
                 )  # [BD, BC]
@@ -267,7 +272,9 @@ def scan_kernel(
                         b_h = tl.dot(b_x, b_s2, b_h, input_precision=PRECISION, out_dtype=ACC)
                         o_x = o_c[None, :] * HIDDEN + (j + o_h)[:, None]
                         m_x = m_c[None, :] & m_h[:, None]
-                        b_z = tl.load(p_z + o_x, mask=m_x, other=0.0)
+                        b_z = tl.load(p_zb + o_x, mask=m_x, other=0.0)
+                        if KEEP:
+                            tl.store(p_e + i_b * BT * HIDDEN + o_x, b_h, mask=m_x)
                         b_h = b_h * slope(b_z, ACTIVATION)
                         tl.store(p_d1b + o_x, b_h, mask=m_x)
                 tl.debug_barrier()

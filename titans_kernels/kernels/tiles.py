@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
@@ -40,7 +42,7 @@ class Tile:
         block (int): tokens to a block at most, a power of 2 from 16 on.
         slice (int): hidden units at a time, likewise.
         queries (int): tokens of a block that one program answers at most, likewise.
-        scan, retrieve, recall (Schedule): of the kernel of that name.
+        scan, retrieve, recall, *_backward (Schedule): of the kernel of that name.
     """
 
     block: int = 64
@@ -49,6 +51,9 @@ class Tile:
     scan: Schedule = Schedule()
     retrieve: Schedule = Schedule()
     recall: Schedule = Schedule()
+    retrieve_backward: Schedule = Schedule(8)
+    scan_backward: Schedule = Schedule(8)
+    inputs_backward: Schedule = Schedule(8)
 
     def __post_init__(self) -> None:
         for name in ("block", "slice", "queries"):
@@ -67,54 +72,102 @@ class Tile:
 
 _4, _8 = Schedule(4), Schedule(8)
 _4x2, _8x2 = Schedule(4, 2), Schedule(8, 2)
+_4x3, _8x3 = Schedule(4, 3), Schedule(8, 3)
+ANY = 2**63
 
-# Head dimensions up to the first number take the tile. Beside it, of scan, retrieve and recall:
-# registers and, where a thread has any, bytes of stack (Triton 3.9; `python -m benchmarks.static`).
+# Head dimensions and chunks up to the first two numbers take the tile; chunks set the width of what
+# scan holds. Above it, of scan, retrieve and recall: registers and, where a thread has any, bytes
+# of stack (Triton 3.9 and, where much differs, 3.6; `python -m benchmarks.static`). A row that
+# `python -m benchmarks.tune` wrote says what it measured instead.
 _HALF = {
     # sm_80's also fit sm_86, sm_89 and sm_120, which have 99 KiB of shared memory to a program.
     "sm_80": (
-        (64, Tile(64, 32, 32, scan=_4, retrieve=_4x2, recall=_4x2)),  # 240, 255, 166
-        (128, Tile(64, 32, 32, scan=_8, retrieve=_8x2, recall=_8x2)),  # 255 and 8, 255, 174
-        (256, Tile(32, 32, 32, scan=_8, retrieve=_8x2, recall=_8x2)),  # 255, 255 and 136, 169
+        # 244, 255, 166
+        (64, ANY, Tile(64, 32, 32, scan=_4, retrieve=_4x2, recall=_4x2)),
+        # 255, 255, 174
+        (128, ANY, Tile(64, 32, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
+        # 255, 255 and 144, 169
+        (256, ANY, Tile(32, 32, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
     ),
     "sm_90": (
-        (64, Tile(64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),  # 225, 214, 128
-        (128, Tile(64, 64, 64, scan=_8, retrieve=_8x2, recall=_8x2)),  # 229, 249, 105
-        (256, Tile(64, 64, 32, scan=_8, retrieve=_8, recall=_8x2)),  # 253, 255 and 8, 181
+        # 224, 232, 128
+        (64, 32, Tile(64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
+        # 238, 232, 128; of 4 warps: 255 and 48
+        (64, ANY, Tile(64, 64, 64, scan=_8, retrieve=_8x2, recall=_4x2)),
+        # 228, 193, 105; of 64 queries: 255 and 40
+        (128, 32, Tile(64, 64, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
+        # 255 and 24 (3.6: 255), 195, 105; of a block of 64: 255 and 112
+        (128, ANY, Tile(32, 64, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
+        # 255 and 72 (3.6: 255), 255 and 120 (3.6: 242), 181
+        (256, 32, Tile(64, 64, 32, scan=_8, retrieve=_8, recall=_8x2)),
+        # 255 and 40, 255 and 8, 181; of a block of 64: 255 and 832
+        (256, ANY, Tile(32, 64, 32, scan=_8, retrieve=_8, recall=_8x2)),
     ),
     "sm_100": (
-        (64, Tile(64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),  # 223, 172, 121
-        (128, Tile(64, 64, 64, scan=_8, retrieve=_8x2, recall=_8x2)),  # 200, 174, 120
-        (256, Tile(64, 64, 64, scan=_8, retrieve=_8, recall=_8x2)),  # 230, 255, 255
+        # 198, 154, 121
+        (64, ANY, Tile(64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
+        # 201, 208, 120
+        (128, ANY, Tile(64, 64, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
+        # 232, 255, 255
+        (256, 32, Tile(64, 64, 64, scan=_8, retrieve=_8, recall=_8x2)),
+        # 255 and 88; a block of 64 takes more tensor memory than there is, and traps (3.6)
+        (256, ANY, Tile(32, 64, 32, scan=_8, retrieve=_8, recall=_8x2)),
     ),
-    # Up to 512 registers, for 4 warps: D 64: 258, 258, 160; 128: 332, 304, 154; 256: 348, 430, 276.
-    "gfx942": ((256, Tile(64, 64, 64, scan=_4, retrieve=_4, recall=_4)),),
+    # Up to 512 registers, for 4 warps; of 8, scan's backward has 256 and 332 bytes of stack.
+    "gfx942": (
+        # 288 (3.6: 432), 262, 160
+        (64, ANY, Tile(64, 64, 64, scan=_4, retrieve=_4, recall=_4, scan_backward=_4)),
+        # 272 (3.6: 383), 383, 208; of slices of 64: 362 (3.6: 512 and 204)
+        (128, ANY, Tile(64, 32, 64, scan=_4, retrieve=_4, recall=_4, scan_backward=_4)),
+        # 251 (3.6: 383), 332, 194; of a block of 64: 360 (3.6: 512 and 364)
+        (256, ANY, Tile(32, 64, 32, scan=_4, retrieve=_4, recall=_4, scan_backward=_4)),
+    ),
 }
 ARCHITECTURES = tuple(_HALF)
 
 # float32 is for comparing, not for speed: unless tf32 is allowed, NVIDIA's GPUs multiply it without
 # tensor cores, operands in registers. Figures of sm_90; the others differ little.
 _SINGLE = (
-    (64, Tile(32, 32, 32, scan=_8, retrieve=_8, recall=_8)),  # 250, 216, 64
-    (128, Tile(16, 16, 16, scan=_8, retrieve=_8, recall=_8)),  # 255 and 160, 173, 48
-    (256, Tile(16, 16, 16, scan=_8, retrieve=_8, recall=_8)),  # 255 and 1304, 255 and 264, 64
+    # 250, 216, 64
+    (64, ANY, Tile(32, 32, 32, scan=_8, retrieve=_8, recall=_8)),
+    # 255 and 160, 173, 48
+    (128, ANY, Tile(16, 16, 16, scan=_8, retrieve=_8, recall=_8)),
+    # 255 and 1304, 255 and 264, 64
+    (256, ANY, Tile(16, 16, 16, scan=_8, retrieve=_8, recall=_8)),
 )
 
+_chosen: Tile | None = None
 
-def tile(head_dim: int, hidden: int, dtype: torch.dtype, architecture: str) -> Tile:
+
+@contextmanager
+def using(choice: Tile) -> Iterator[None]:
+    """Launches inside take this tile: for tests and for tuning, not for threads side by side."""
+    global _chosen
+    before, _chosen = _chosen, choice
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def tile(
+    head_dim: int, hidden: int, dtype: torch.dtype, architecture: str, chunk_size: int = 16
+) -> Tile:
     """The tile of a memory's sizes, on one of ARCHITECTURES; any other has the default."""
+    if _chosen is not None:
+        return _chosen
     rows = _HALF.get(architecture)
     if rows is None:
         return Tile()
     if dtype.itemsize > 2:
         rows = _SINGLE
-    size = next(size for most, size in rows if head_dim <= most)
+    size = next(size for D, chunk, size in rows if head_dim <= D and chunk_size <= chunk)
     return replace(size, slice=min(size.slice, max(16, 1 << (hidden - 1).bit_length())))
 
 
 def architecture(device: torch.device) -> str:
     """Which of ARCHITECTURES a device is, or is most like; "cpu" where kernels are interpreted."""
-    return "cpu" if device.type == "cpu" else _architecture(device.index)
+    return _architecture(device.index) if device.type == "cuda" else "cpu"
 
 
 @lru_cache

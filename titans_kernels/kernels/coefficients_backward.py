@@ -1,0 +1,125 @@
+"""Gradients of coefficients to gradients of gates, parallel over blocks and heads.
+
+The rows of `coefficients` in reverse (see ../coefficients.py for the algebra), every row with
+
+    dP_t += dG_t          dtheta_t = dP_t[t]      deta_t = <dP_t, P_{t-1}> + dp_t p_{t-1}
+    dp_t += dc_t          dalpha_t = -<dG_t, G_{t-1}> - dc_t c_{t-1} - da_t a_{t-1}
+
+A row's gradient comes from the query of its token, from all keys of the chunk that starts behind it
+(those of the first layer's are still apart), and from the state that the block hands on.
+
+Grid: (slots, heads, layers with gates of their own).
+"""
+
+import triton
+import triton.language as tl
+
+from .blocks import block_of
+
+
+@triton.jit(do_not_specialize=["group"])
+def coefficients_backward_kernel(
+    p_alpha,  # [M, H, L]
+    p_eta,
+    p_a,  # [slots, H, L, BT]
+    p_c,
+    p_G,  # [slots, H, L, BT, BT]
+    p_p,  # [slots, H, L, BT]
+    p_P,  # [slots, H, L, BT, BT]
+    p_da,  # [slots, H, L, BT], of what queries read with
+    p_dc,
+    p_dG,  # [slots, H, L, BT, BT]
+    p_da_key,  # [slots, H, BT], of what every key read the first layer with
+    p_dc_key,
+    p_dG_key,  # [slots, H, BT, BT]
+    p_dend,  # [slots, H, L, 4 + 2 BT]
+    p_dtheta,  # out [M, H, L]
+    p_dalpha,
+    p_deta,
+    p_cu,  # [N + 1]
+    group,
+    BLOCKS: tl.constexpr,
+    H: tl.constexpr,
+    L: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SPAN: tl.constexpr,
+    BT: tl.constexpr,
+):
+    i_slot, i_h, i_l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    first, count, end = block_of(p_cu, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
+    if count == 0:
+        return
+    o_t = tl.arange(0, BT)
+    p_gate = (first * H + i_h) * L + i_l
+    i = (i_slot * H + i_h) * L + i_l
+    p_dend += i * (4 + 2 * BT)
+    p_a += i * BT
+    p_c += i * BT
+    p_p += i * BT
+    p_da += i * BT
+    p_dc += i * BT
+    p_da_key += (i_slot * H + i_h) * BT
+    p_dc_key += (i_slot * H + i_h) * BT
+    p_G += i * BT * BT
+    p_P += i * BT * BT
+    p_dG += i * BT * BT
+    p_dG_key += (i_slot * H + i_h) * BT * BT
+
+    ACC: tl.constexpr = p_G.dtype.element_ty
+    da = tl.full([], 0.0, ACC)
+    dc = tl.full([], 0.0, ACC)
+    dp = tl.full([], 0.0, ACC)
+    b_dG = tl.zeros([BT], ACC)
+    b_dP = tl.zeros([BT], ACC)
+    da_key = tl.full([], 0.0, ACC)  # of the keys of the chunk that is walked over
+    dc_key = tl.full([], 0.0, ACC)
+    b_dG_key = tl.zeros([BT], ACC)
+    for back in range(0, BT):
+        t = BT - 1 - back
+        if t < count:
+            if t + 1 == end:
+                da += tl.load(p_dend)
+                dc += tl.load(p_dend + 1)
+                dp += tl.load(p_dend + 2)
+                b_dG += tl.load(p_dend + 4 + o_t, mask=o_t <= t, other=0.0)
+                b_dP += tl.load(p_dend + 4 + BT + o_t, mask=o_t <= t, other=0.0)
+            da += tl.load(p_da + t)
+            dc += tl.load(p_dc + t)
+            b_dG += tl.load(p_dG + t * BT + o_t, mask=o_t <= t, other=0.0)
+            if SPAN == 1:
+                if (t + 1) % CHUNK == 0:  # the next token's chunk starts at this row
+                    da += da_key
+                    dc += dc_key
+                    b_dG += b_dG_key
+                    da_key = tl.full([], 0.0, ACC)
+                    dc_key = tl.full([], 0.0, ACC)
+                    b_dG_key = tl.zeros([BT], ACC)
+                if (t >= CHUNK) & (i_l == 0):
+                    da_key += tl.load(p_da_key + t)
+                    dc_key += tl.load(p_dc_key + t)
+                    m = o_t < t // CHUNK * CHUNK
+                    b_dG_key += tl.load(p_dG_key + t * BT + o_t, mask=m, other=0.0)
+
+            keep = 1.0 - tl.load(p_alpha + p_gate + t * H * L).to(ACC)
+            eta = tl.load(p_eta + p_gate + t * H * L).to(ACC)
+            a = tl.load(p_a + t - 1, mask=t > 0, other=1.0)
+            c = tl.load(p_c + t - 1, mask=t > 0, other=0.0)
+            p = tl.load(p_p + t - 1, mask=t > 0, other=1.0)
+            m = o_t < t
+            b_G = tl.load(p_G + (t - 1) * BT + o_t, mask=m, other=0.0)
+            b_P = tl.load(p_P + (t - 1) * BT + o_t, mask=m, other=0.0)
+            dp += dc
+            b_dP += b_dG
+            dtheta = tl.sum(tl.where(o_t == t, b_dP, 0.0), 0)
+            deta = tl.sum(b_dP * b_P, 0) + dp * p
+            dalpha = -(tl.sum(b_dG * b_G, 0) + dc * c + da * a)
+            o = p_gate + t * H * L
+            tl.store(p_dtheta + o, dtheta.to(p_dtheta.dtype.element_ty))
+            tl.store(p_dalpha + o, dalpha.to(p_dalpha.dtype.element_ty))
+            tl.store(p_deta + o, deta.to(p_deta.dtype.element_ty))
+            da = keep * da
+            dc = keep * dc
+            b_dG = keep * b_dG
+            dp = eta * dp
+            b_dP = eta * b_dP
