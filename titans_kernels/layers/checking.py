@@ -36,6 +36,12 @@ def head_size(dim: int, heads: int, dim_head: Any) -> int:
     return dim_head
 
 
+def rotary(value: Any, dim_head: int) -> None:
+    checks.boolean("rotary", value)
+    if value and dim_head % 2:
+        raise ValueError(f"dim_head: got {dim_head}, takes an even number together with rotary")
+
+
 def parameter_dtype(dtype: Any) -> None:
     if dtype is not None and dtype not in checks.DTYPES:
         takes = ", ".join(str(d).removeprefix("torch.") for d in checks.DTYPES)
@@ -91,3 +97,27 @@ def state(
         checks.shape(name, x, takes, "[N, conv_size - 1, heads * dim_head]")
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: got dtype {x.dtype}, takes that of q, {q.dtype}")
+
+
+def held(name: str, x: Any, takes: tuple[int, ...], meaning: str, like: Tensor) -> None:
+    """A tensor that a state holds, to be joined with `like`, which was made of x."""
+    checks.floating(name, x)
+    checks.shape(name, x, takes, meaning)
+    for what in ("device", "dtype"):
+        got, wanted = getattr(x, what), getattr(like, what)
+        if got != wanted:
+            raise TypeError(f"{name}: got {what} {got}, takes that of the projected x, {wanted}")
+
+
+def lengths(name: str, x: Any, sequences: int, most: int, like: Tensor) -> None:
+    """How much of a state's tensors is filled. Values are looked at only on a CPU."""
+    checks.tensor(name, x)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: got dtype {x.dtype}, takes int32 or int64")
+    if x.device != like.device:
+        raise ValueError(f"{name}: got device {x.device}, takes that of x, {like.device}")
+    checks.shape(name, x, (sequences,), "[N]")
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        found = x.tolist()
+        if not all(0 <= n <= most for n in found):
+            raise ValueError(f"{name}: got {found}, takes values from 0 to {most}")

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..memory import neural_memory
+from ..memory import neural_memory, retrieve
 from . import checking
 from .convolution import ShortConvolution
+from .numeric import unit, wide
 from .state import LayerState
-
-EPS = 1e-6
 
 
 class NeuralMemory(nn.Module):
@@ -201,16 +200,12 @@ class NeuralMemory(nn.Module):
         if state is not None:
             self._check_state(state, projected[0], cu_seqlens)
 
-        heads, history = (self.heads, self.dim_head), []
+        history = []
         for i, convolution in enumerate(self.convolutions):
             past = None if state is None else state.convolution[i]
             projected[i], past = convolution(projected[i], past, cu_seqlens)
             history.append(past)
-        q, k, v = (_unit(F.silu(y).unflatten(-1, heads)).to(dtype) for y in projected)
-
-        norm = None
-        if self.norm_weight is not None and self.norm_bias is not None:
-            norm = self.norm_weight, self.norm_bias
+        q, k, v = (self._heads(y, dtype) for y in projected)
         o, memory = neural_memory(
             q,
             k,
@@ -219,7 +214,7 @@ class NeuralMemory(nn.Module):
             alpha=self._gate(x, self.alpha_proj, self.alpha_bias),
             eta=self._gate(x, self.eta_proj, self.eta_bias),
             weights=tuple(self.weights),
-            norm=norm,
+            norm=self._norm(),
             activation=self.activation,
             residual=self.residual,
             chunk_size=self.chunk_size,
@@ -229,9 +224,7 @@ class NeuralMemory(nn.Module):
             backend=self.backend,
         )
         assert memory is not None
-        o = (_unit(o) * (self.dim_head**0.5 * _wide(self.out_norm))).flatten(-2)
-        out = self.out_proj((o * F.silu(self.gate_proj(x))).to(dtype))
-        return out, LayerState(memory, tuple(history))
+        return self._answer(o, x), LayerState(memory, tuple(history))
 
     def step(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """One token of every sequence: [B, dim] -> ([B, dim], state).
@@ -242,12 +235,64 @@ class NeuralMemory(nn.Module):
         out, state = self(x[:, None], state)
         return out[:, 0], state
 
+    def recall(
+        self, x: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, LayerState]:
+        """Ask what the state knows, and learn nothing: every token is answered by the same memory.
+
+        Args:
+            x, state, cu_seqlens: as in `forward`; without a state, M_0 is asked.
+
+        Returns:
+            (out, state): [B, T, dim], and the state with its memory untouched. Only the queries'
+            convolution has moved on, so that questions too may be cut anywhere.
+        """
+        checking.tokens(x, "[B, T, dim]", 3, self.q_proj.weight)
+        checking.packing(x, cu_seqlens)
+        q = self.q_proj(x)
+        dtype = q.dtype
+        if state is None:
+            nowhere = None if cu_seqlens is None else torch.zeros_like(cu_seqlens)
+            _, state = self(x[:, :0], cu_seqlens=nowhere)
+        else:
+            self._check_state(state, q, cu_seqlens)
+
+        history = state.convolution
+        for convolution in self.convolutions[:1]:
+            q, past = convolution(q, history[0], cu_seqlens)
+            history = past, *history[1:]
+        o = retrieve(
+            self._heads(q, dtype),
+            state.memory,
+            norm=self._norm(),
+            activation=self.activation,
+            residual=self.residual,
+            cu_seqlens=cu_seqlens,
+            backend=self.backend,
+        )
+        return self._answer(o, x), LayerState(state.memory, history)
+
+    def _heads(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """Queries, keys or values of unit length: [B, T, heads * dim_head] -> [B, T, H, D]."""
+        return unit(F.silu(y).unflatten(-1, (self.heads, self.dim_head))).to(dtype)
+
+    def _norm(self) -> tuple[Tensor, Tensor] | None:
+        if self.norm_weight is None or self.norm_bias is None:
+            return None
+        return self.norm_weight, self.norm_bias
+
+    def _answer(self, o: Tensor, x: Tensor) -> Tensor:
+        """What the memory read, normalised, gated by x and projected: [B, T, dim]."""
+        dtype = o.dtype
+        o = (unit(o) * (self.dim_head**0.5 * wide(self.out_norm))).flatten(-2)
+        return self.out_proj((o * F.silu(self.gate_proj(x))).to(dtype))
+
     def _gate(self, x: Tensor, projection: nn.Linear, bias: Tensor) -> Tensor:
         """A sigmoid of x: [B, T, heads], or [B, T, heads, depth] with per_layer_gates.
 
         Float32 from the bias on: bfloat16 would round a bias of -8 in steps of 0.03.
         """
-        gate = torch.sigmoid(_wide(projection(x)) + bias)
+        gate = torch.sigmoid(wide(projection(x)) + bias)
         return gate.unflatten(-1, (self.heads, self.depth)) if self.per_layer_gates else gate
 
     def _check_state(self, state: LayerState, q: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -264,14 +309,3 @@ class NeuralMemory(nn.Module):
     def extra_repr(self) -> str:
         memory = f"depth={self.depth}, expansion={self.expansion}, chunk_size={self.chunk_size}"
         return f"{self.dim}, heads={self.heads}, dim_head={self.dim_head}, {memory}"
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _unit(x: Tensor) -> Tensor:
-    """x / |x| along the last dimension, in float32 at least; 0 stays 0."""
-    x = _wide(x)
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS)

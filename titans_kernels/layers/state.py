@@ -1,9 +1,10 @@
-"""What a layer carries from one call to the next."""
+"""What the layers carry from one call to the next."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,13 +12,58 @@ from torch.utils import _pytree as pytree
 
 from ..state import MemoryState
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-@dataclass(eq=False)  # tensors have no one truth value
-class LayerState:
-    """A layer's N sequences after any number of tokens; its size does not depend on how many.
+
+class State:
+    """N sequences after any number of tokens; its size does not depend on how many.
 
     A pytree: `torch.utils._pytree.tree_map` reaches every tensor; `torch.load` takes it with
-    `weights_only=True`.
+    `weights_only=True`. The first dimension of every tensor is the sequences.
+    """
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A state of `function(tensor)` for every tensor, the first dimension being sequences."""
+        values, spec = pytree.tree_flatten(self)
+        return pytree.tree_unflatten([function(x) for x in values], spec)
+
+    def detach(self) -> Self:
+        """The same values, cut off from the graph: truncated backpropagation."""
+        return self.map(Tensor.detach)
+
+    def index_select(self, sequences: Tensor) -> Self:
+        """The state of the given sequences, in their order: beam search, dropping finished rows."""
+        return self.map(lambda x: x.index_select(0, sequences.to(x.device)))
+
+
+C = TypeVar("C", bound=type)
+
+
+def _registered(cls: C) -> C:
+    """Make a dataclass of tensors a pytree that `torch.load` trusts."""
+    names = [field.name for field in fields(cls)]
+    pytree.register_pytree_node(
+        cls,
+        lambda state: ([getattr(state, name) for name in names], None),
+        lambda values, _: cls(*values),
+        serialized_type_name=f"titans_kernels.{cls.__name__}",
+        flatten_with_keys_fn=lambda state: (
+            [(pytree.GetAttrKey(name), getattr(state, name)) for name in names],
+            None,
+        ),
+    )
+    torch.serialization.add_safe_globals([cls])
+    return cls
+
+
+# eq=False: tensors have no one truth value.
+
+
+@_registered
+@dataclass(eq=False)
+class LayerState(State):
+    """What `NeuralMemory` and `TitansLMM` carry.
 
     Args:
         memory (MemoryState): the learned weights, their momentum and the open chunk.
@@ -28,23 +74,70 @@ class LayerState:
     memory: MemoryState
     convolution: tuple[Tensor, ...]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> LayerState:
-        """A state of `function(tensor)` for every tensor, the first dimension being sequences."""
-        return LayerState(self.memory.map(function), tuple(map(function, self.convolution)))
 
-    def detach(self) -> LayerState:
-        """The same values, cut off from the graph: truncated backpropagation."""
-        return self.map(Tensor.detach)
+@_registered
+@dataclass(eq=False)
+class WindowState(State):
+    """What sliding-window attention carries: the tokens that the next one still sees.
 
-    def index_select(self, sequences: Tensor) -> LayerState:
-        """The state of the given sequences, in their order: beam search, dropping finished rows."""
-        return self.map(lambda x: x.index_select(0, sequences.to(x.device)))
+    Args:
+        keys, values (Tensor): [N, window - 1, heads * dim_head], the last token last; zeros where
+            a sequence has not had as many. Keys are kept without their rotation.
+        length (Tensor): [N] int32, tokens there: 0 to window - 1.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: Tensor
 
 
-pytree.register_pytree_node(
-    LayerState,
-    lambda state: ([state.memory, state.convolution], None),
-    lambda values, _: LayerState(*values),
-    serialized_type_name="titans_kernels.LayerState",
-)
-torch.serialization.add_safe_globals([LayerState])
+@_registered
+@dataclass(eq=False)
+class HybridState(State):
+    """What `TitansMAG` and `TitansMAL` carry.
+
+    Args:
+        memory (LayerState): of the memory.
+        attention (WindowState): of the attention.
+    """
+
+    memory: LayerState
+    attention: WindowState
+
+
+@_registered
+@dataclass(eq=False)
+class ContextState(State):
+    """What `TitansMAC` carries.
+
+    Args:
+        memory (LayerState): the memory now, M_t.
+        past (LayerState): the memory with which the open segment began, M_{t-1}, which its tokens
+            are asked of; its convolution is that of these questions.
+        keys, values (Tensor): [N, 2, segment, heads * dim_head] of the open segment, retrieved
+            tokens and its own; zeros where it is not filled yet. Keys without their rotation.
+        length (Tensor): [N] int32, tokens in the open segment: 0 to segment - 1.
+    """
+
+    memory: LayerState
+    past: LayerState
+    keys: Tensor
+    values: Tensor
+    length: Tensor
+
+
+S = TypeVar("S")
+
+
+def choose(rows: Tensor, state: S, other: S) -> S:
+    """The rows [N] of one state where true, of another where not."""
+
+    def pick(x: Tensor, y: Tensor) -> Tensor:
+        return torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, y)
+
+    return pytree.tree_map(pick, state, other)
+
+
+def concatenate(states: list[Any]) -> Any:
+    """One state of all their sequences."""
+    return pytree.tree_map(lambda *parts: torch.cat(parts), *states)

@@ -1,0 +1,252 @@
+"""The attention of the Titans blocks: over a sliding window, or over one segment and its context.
+
+Tokens see the block's persistent tokens, wherever they are, and what lies a bounded way back. Only
+how far back enters: queries and keys are rotated by where they stand in the window or the segment,
+so nothing depends on how long a sequence has become, nor on where it was cut.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checking
+from .numeric import wide
+from .state import WindowState
+
+
+class Attention(nn.Module):
+    """Projections, and softmax attention between them. No biases: 4 dim heads dim_head parameters.
+
+    Args:
+        dim, heads, dim_head (int): widths of tokens and heads.
+        rotary (bool): whether queries and keys are rotated by their positions.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        rotary: bool,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.dim_head, self.rotary = heads, dim_head, rotary
+        inner = heads * dim_head
+
+        def linear(d_in: int, d_out: int) -> nn.Linear:
+            return nn.Linear(d_in, d_out, bias=False, device=device, dtype=dtype)
+
+        self.q_proj, self.k_proj, self.v_proj = (linear(dim, inner) for _ in range(3))
+        self.out_proj = linear(inner, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: tuple[Tensor, Tensor],
+        visible: Tensor,
+        prefix: Tensor | None,
+    ) -> Tensor:
+        """q [N, T, inner], k, v [N, K, inner] -> what the queries see, [N, T, inner].
+
+        Args:
+            positions: of queries and of keys, [T] and [K], or [N, T] where sequences differ.
+            visible: bool [T, K] or [N, T, K].
+            prefix: [P, dim], tokens that every query sees besides, and sees without a position.
+        """
+        q, k, v = (x.unflatten(-1, (self.heads, self.dim_head)).transpose(1, 2) for x in (q, k, v))
+        plain = q
+        if self.rotary:
+            q, k = _rotate(q, positions[0]), _rotate(k, positions[1])
+        if prefix is not None:
+            before = (projection(prefix) for projection in (self.k_proj, self.v_proj))
+            pk, pv = (
+                x.unflatten(-1, (self.heads, self.dim_head))
+                .transpose(0, 1)
+                .expand(len(q), -1, -1, -1)
+                for x in before
+            )
+            if self.rotary:
+                # Queries meet them as they are, not rotated: in features of their own.
+                q, k = torch.cat([q, plain], -1), F.pad(k, (0, self.dim_head))
+                pk = F.pad(pk, (self.dim_head, 0))
+            k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+            visible = F.pad(visible, (len(prefix), 0), value=True)
+        mask = visible[:, None] if visible.dim() == 3 else visible
+        o = F.scaled_dot_product_attention(q, k, v, mask, scale=self.dim_head**-0.5)
+        return o.transpose(1, 2).flatten(2)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, dim_head={self.dim_head}, rotary={self.rotary}"
+
+
+def _rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """x [N, H, T, D]: pair i, of entries i and D/2 + i, turned by position 10000^(-2i / D)."""
+    half = x.shape[-1] // 2
+    a, b = wide(x).split(half, -1)
+    exponent = torch.arange(half, device=x.device, dtype=a.dtype) / -half
+    angle = positions.to(a.dtype)[..., None] * 10_000.0**exponent  # [T, D / 2] or [N, T, D / 2]
+    if angle.dim() == 3:
+        angle = angle[:, None]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+class WindowAttention(Attention):
+    """A token sees itself, the window - 1 tokens before it, and the prefix: linear in T."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        rotary: bool,
+        window: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, heads, dim_head, rotary, device=device, dtype=dtype)
+        self.window = window
+
+    def forward(
+        self,
+        x: Tensor,
+        state: WindowState | None = None,
+        cu_seqlens: Tensor | None = None,
+        prefix: Tensor | None = None,
+    ) -> tuple[Tensor, WindowState]:
+        """x [B, T, dim], and where its sequences stand -> ([B, T, dim], state)."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        token = None
+        if cu_seqlens is not None:  # a row for every sequence, as long as the longest
+            lengths, token = _rows(cu_seqlens, x)
+            longest = max(lengths.tolist(), default=0)
+            q, k, v = (_unpack(y, token, len(lengths), longest) for y in (q, k, v))
+        N, T, inner = q.shape
+        before = self.window - 1
+        if state is None:
+            nothing = k.new_zeros(N, before, inner)
+            state = WindowState(
+                nothing, nothing, torch.zeros(N, dtype=torch.int32, device=x.device)
+            )
+        else:
+            self._check_state(state, k)
+
+        # A token's slot is `before` slots after its place among the queries. A block of queries
+        # needs as many keys before it, and only the first of them may meet slots never filled.
+        keys, values = torch.cat([state.keys, k], 1), torch.cat([state.values, v], 1)
+        out = []
+        for start in range(0, max(T, 1), self.window):
+            n = min(self.window, T - start)
+            query = torch.arange(n, device=x.device)
+            slot = torch.arange(before + n, device=x.device)
+            ago = before + query[:, None] - slot
+            visible = (ago >= 0) & (ago <= before)
+            if start == 0:
+                visible = visible & (slot >= before - state.length[:, None])[:, None]
+            part = slice(start, start + before + n)
+            places = before + query, slot
+            block = q[:, start : start + n]
+            out.append(self.attend(block, keys[:, part], values[:, part], places, visible, prefix))
+        o = torch.cat(out, 1)
+
+        if token is None:
+            # Not views: a state must not keep its whole segment alive.
+            length = state.length + T
+            keys, values = keys[:, T:].clone(), values[:, T:].clone()
+        else:
+            length = state.length + lengths
+            row = torch.arange(N, device=x.device)[:, None]
+            last = lengths[:, None] + torch.arange(before, device=x.device)
+            keys, values = keys[row, last], values[row, last]
+            o = o[token][None]
+        length = length.clamp(max=before).to(torch.int32)
+        return self.out_proj(o), WindowState(keys, values, length)
+
+    def _check_state(self, state: WindowState, k: Tensor) -> None:
+        if not isinstance(state, WindowState):
+            got = type(state).__name__
+            raise TypeError(f"state.attention: got {got}, takes a WindowState")
+        takes = (k.shape[0], self.window - 1, k.shape[2])
+        for name in ("keys", "values"):
+            held, meaning = getattr(state, name), "[N, window - 1, heads * dim_head]"
+            checking.held(f"state.attention.{name}", held, takes, meaning, k)
+        checking.lengths("state.attention.length", state.length, k.shape[0], self.window - 1, k)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, window={self.window}"
+
+
+def _rows(cu_seqlens: Tensor, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The lengths of packed sequences, and of every token its sequence and its place there."""
+    ends = cu_seqlens.to(x.device, torch.int64)
+    lengths = ends.diff()
+    n = torch.arange(len(lengths), device=x.device).repeat_interleave(
+        lengths, output_size=x.shape[1]
+    )
+    return lengths, (n, torch.arange(x.shape[1], device=x.device) - ends[n])
+
+
+def _unpack(x: Tensor, token: tuple[Tensor, Tensor], rows: int, longest: int) -> Tensor:
+    """[1, T, C] -> [N, longest, C], zeros behind a sequence's end."""
+    return x.new_zeros(rows, longest, x.shape[2]).index_put(token, x[0])
+
+
+class SegmentAttention(Attention):
+    """A segment's token i sees the prefix, the retrieved tokens up to h_i, and its own up to i.
+
+    Paper, equation 22: attention over [prefix | retrieved | segment]. h_j was asked for with token
+    j, so token i < j must not see it: it would see ahead. h_j stands where token j does.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        rotary: bool,
+        segment: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, heads, dim_head, rotary, device=device, dtype=dtype)
+        self.segment = segment
+
+    def forward(
+        self,
+        x: Tensor,
+        retrieved: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        length: Tensor,
+        prefix: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens x [N, n, dim] of open segments that have `length` [N] tokens before them.
+
+        Returns (y [N, n, dim], keys, values), the latter [N, 2, segment, inner] with x entered.
+        """
+        place = length[:, None] + torch.arange(x.shape[1], device=x.device)  # [N, n]
+        slot = torch.arange(self.segment, device=x.device)
+        both = torch.stack([retrieved, x], 1)  # [N, 2, n, dim]
+        k, v = self.k_proj(both), self.v_proj(both)
+        index = place[:, None, :, None].expand_as(k)
+        keys, values = keys.scatter(2, index, k), values.scatter(2, index, v)
+        visible = (slot <= place[..., None]).repeat(1, 1, 2)  # [N, n, 2 segment]
+        places = place, slot.repeat(2)
+        y = self.attend(
+            self.q_proj(x), keys.flatten(1, 2), values.flatten(1, 2), places, visible, prefix
+        )
+        return self.out_proj(y), keys, values

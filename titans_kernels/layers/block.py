@@ -1,0 +1,159 @@
+"""What the Titans blocks have in common: a memory, persistent tokens, a gate, a way to decode."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Generic, TypedDict, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import checking
+from .neural_memory import NeuralMemory
+from .numeric import unit, wide
+from .state import State
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+S = TypeVar("S", bound=State)
+
+
+class MemoryOptions(TypedDict, total=False):
+    """The options of a block that are its memory's; `NeuralMemory` says what they mean."""
+
+    depth: int
+    expansion: int
+    chunk_size: int
+    activation: str
+    residual: bool
+    norm: bool
+    per_layer_gates: bool
+    conv_size: int | None
+    max_learning_rate: float
+    backend: str
+
+
+class Block(nn.Module, Generic[S]):
+    """A memory and persistent tokens [n_persistent, dim], learned, the same for every input.
+
+    A block is what stands between tokens and tokens. The residual around it, the norm before it and
+    the MLP after it are the model's.
+    """
+
+    state_type: type[State]
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int | None,
+        n_persistent: int,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        **memory: Unpack[MemoryOptions],
+    ) -> None:
+        super().__init__()
+        checking.integer("n_persistent", n_persistent, 0)
+        self.memory = NeuralMemory(
+            dim, heads=heads, dim_head=dim_head, device=device, dtype=dtype, **memory
+        )
+        self.dim, self.heads, self.dim_head = dim, heads, self.memory.dim_head
+        self.n_persistent = n_persistent
+        persistent = torch.empty(n_persistent, dim, device=device, dtype=dtype)
+        self.persistent = nn.Parameter(persistent) if n_persistent else None
+        self._reset_persistent()
+
+    def reset_parameters(self) -> None:
+        """Every parameter as at the start; also after `to_empty` of a block on the meta device."""
+        self._reset_persistent()
+        for part in self.children():
+            part.reset_parameters()  # type: ignore[operator]
+
+    def _reset_persistent(self) -> None:
+        """Of unit variance, as the tokens are that leave a norm."""
+        if self.persistent is not None:
+            nn.init.normal_(self.persistent)
+
+    def forward(
+        self, x: Tensor, state: S | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, S]:
+        """Read x, and learn from it.
+
+        Args:
+            x (Tensor): [B, T, dim] in the parameters' dtype, or as autocast takes it.
+            state (State | None): where B sequences (N with cu_seqlens) go on.
+            cu_seqlens (Tensor | None): [N + 1] int32 or int64, 0 first and T last: sequences packed
+                end to end in a batch of 1.
+
+        Returns:
+            (out, state): [B, T, dim], and what to pass on to go on exactly, wherever x was cut,
+            gradients included.
+        """
+        checking.tokens(x, "[B, T, dim]", 3, self.memory.q_proj.weight)
+        checking.packing(x, cu_seqlens)
+        if state is None:
+            state = self._start(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+        elif not isinstance(state, self.state_type):
+            got, takes = type(state).__name__, self.state_type.__name__
+            raise TypeError(f"state: got {got}, takes a {takes} or None")
+        return self._read(x, state, cu_seqlens)
+
+    def step(self, x: Tensor, state: S | None = None) -> tuple[Tensor, S]:
+        """One token of every sequence: [B, dim] -> ([B, dim], state). `forward` of length 1."""
+        checking.tokens(x, "[B, dim]", 2, self.memory.q_proj.weight)
+        out, state = self(x[:, None], state)
+        return out[:, 0], state
+
+    def _read(self, x: Tensor, state: S | None, cu_seqlens: Tensor | None) -> tuple[Tensor, S]:
+        raise NotImplementedError
+
+    def _start(self, sequences: int) -> S | None:
+        """The state of sequences that have read the persistent tokens: once, whatever they are."""
+        if self.persistent is None:
+            return None
+        _, state = self._read(self.persistent[None], None, None)
+        return repeat(state, sequences)
+
+    def _nothing(self, sequences: int) -> Tensor:
+        """x of sequences without a token."""
+        return self.memory.q_proj.weight.new_empty(sequences, 0, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, heads={self.heads}, n_persistent={self.n_persistent}"
+
+
+def repeat(state: S, sequences: int) -> S:
+    """The state of one sequence as that of several."""
+    return state.map(lambda x: x.expand(sequences, *x.shape[1:]))
+
+
+class Gate(nn.Module):
+    """Equations 25 and 28: y ⊗ m = (w_y * rms(y)) * sigmoid(w_m * rms(m)). 2 dim parameters.
+
+    The paper normalises both with learnable vectors, "followed by a non-linearity". Here that is a
+    sigmoid of the memory, which gates what attention has found.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.memory_norm = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.attention_norm, self.memory_norm):
+            nn.init.ones_(weight)
+            weight._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def forward(self, y: Tensor, m: Tensor) -> Tensor:
+        scale = y.shape[-1] ** 0.5
+        attended = unit(y) * (scale * wide(self.attention_norm))
+        remembered = unit(m) * (scale * wide(self.memory_norm))
+        return (attended * torch.sigmoid(remembered)).to(y.dtype)

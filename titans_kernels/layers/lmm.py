@@ -1,0 +1,67 @@
+"""Titans without attention: the memory alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .block import Block, MemoryOptions
+from .state import LayerState
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class TitansLMM(Block[LayerState]):
+    """The long-term memory as a model's only way to mix tokens (arXiv 2501.00663, section 4.3).
+
+        p, x --- memory --- out
+
+        x̃ = [p_1 .. p_P | x]
+        o = M(x̃)
+
+    `NeuralMemory`, which learns the persistent tokens p before a sequence's first. Without any,
+    the default, it is `NeuralMemory`. [B, T, dim] -> ([B, T, dim], LayerState). Parameters:
+
+        those of NeuralMemory + n_persistent dim
+
+    Args:
+        dim (int): width of the model.
+        heads (int): memories side by side. Default: 4.
+        dim_head (int | None): width of queries, keys and values. Default: dim / heads.
+        n_persistent (int): P, persistent tokens. Default: 0.
+        device, dtype: of the parameters.
+        depth, expansion, chunk_size, activation, residual, norm, per_layer_gates, conv_size,
+            max_learning_rate, backend: of the memory, as `NeuralMemory` takes them.
+
+    Example:
+        >>> import torch
+        >>> from titans_kernels.layers import TitansLMM
+        >>> block = TitansLMM(64, heads=2, n_persistent=4)
+        >>> out, state = block(torch.randn(1, 100, 64))
+        >>> out, state = block.step(torch.randn(1, 64), state)
+        >>> out.shape, state.memory.length  # 4 + 101 tokens in chunks of 16
+        (torch.Size([1, 64]), tensor([9], dtype=torch.int32))
+    """
+
+    state_type = LayerState
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 4,
+        dim_head: int | None = None,
+        n_persistent: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **memory: Unpack[MemoryOptions],
+    ) -> None:
+        super().__init__(dim, heads, dim_head, n_persistent, device=device, dtype=dtype, **memory)
+
+    def _read(
+        self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
+        return self.memory(x, state, cu_seqlens)

@@ -1,0 +1,92 @@
+"""Titans with the memory as a gate of attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import checking
+from .attention import WindowAttention
+from .block import Block, Gate, MemoryOptions, repeat
+from .state import HybridState
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class TitansMAG(Block[HybridState]):
+    """Memory as a gate: it reads beside attention, and gates it (arXiv 2501.00663, section 4.2).
+
+        p, x --+-- sliding-window attention --- rms, w_y ------------ * --- out
+               |                                                      |
+               +-- memory --------------------- rms, w_m -- sigmoid --+
+
+        x̃ = [p_1 .. p_P | x]                                          (26)
+        y = SW-Attn*(x̃), every token sees p and a window              (27)
+        o = y ⊗ M(x̃) = (w_y * rms(y)) * sigmoid(w_m * rms(M(x̃)))      (28)
+
+    The memory has learned the persistent tokens before a sequence's first. [B, T, dim] ->
+    ([B, T, dim], HybridState). With inner = heads * dim_head, the parameters are
+
+        those of NeuralMemory + 4 dim inner + n_persistent dim + 2 dim
+
+    Args:
+        dim (int): width of the model.
+        heads (int): memories side by side, and heads of the attention. Default: 4.
+        dim_head (int | None): width of queries, keys and values of both. Default: dim / heads.
+        window (int): tokens that a token sees, itself among them. Default: 512.
+        n_persistent (int): P, persistent tokens. Default: 4.
+        rotary (bool): whether attention rotates queries and keys by their distance. Default: True.
+        device, dtype: of the parameters.
+        depth, expansion, chunk_size, activation, residual, norm, per_layer_gates, conv_size,
+            max_learning_rate, backend: of the memory, as `NeuralMemory` takes them.
+
+    Example:
+        >>> import torch
+        >>> from titans_kernels.layers import TitansMAG
+        >>> block = TitansMAG(64, heads=2, window=32)
+        >>> out, state = block(torch.randn(1, 100, 64))
+        >>> out, state = block.step(torch.randn(1, 64), state)
+        >>> out.shape, state.attention.keys.shape
+        (torch.Size([1, 64]), torch.Size([1, 31, 64]))
+    """
+
+    state_type = HybridState
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 4,
+        dim_head: int | None = None,
+        window: int = 512,
+        n_persistent: int = 4,
+        rotary: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **memory: Unpack[MemoryOptions],
+    ) -> None:
+        super().__init__(dim, heads, dim_head, n_persistent, device=device, dtype=dtype, **memory)
+        checking.integer("window", window, 1)
+        checking.rotary(rotary, self.dim_head)
+        self.attention = WindowAttention(
+            dim, heads, self.dim_head, rotary, window, device=device, dtype=dtype
+        )
+        self.gate = Gate(dim, device=device, dtype=dtype)
+
+    def _read(
+        self, x: Tensor, state: HybridState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, HybridState]:
+        y, attention = self.attention(x, state and state.attention, cu_seqlens, self.persistent)
+        m, memory = self.memory(x, state and state.memory, cu_seqlens)
+        return self.gate(y, m), HybridState(memory, attention)
+
+    def _start(self, sequences: int) -> HybridState | None:
+        if self.persistent is None:
+            return None
+        # The window holds no persistent token: attention sees them all, always.
+        _, attention = self.attention(self._nothing(sequences))
+        _, memory = self.memory(self.persistent[None])
+        return HybridState(repeat(memory, sequences), attention)

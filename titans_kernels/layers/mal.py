@@ -1,0 +1,82 @@
+"""Titans with the memory as a layer before attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import checking
+from .attention import WindowAttention
+from .block import Block, MemoryOptions
+from .state import HybridState
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class TitansMAL(Block[HybridState]):
+    """Memory as a layer: attention reads what the memory made of x (arXiv 2501.00663, section 4.3).
+
+        p, x --- memory --- sliding-window attention --- out
+
+        x̃ = [p_1 .. p_P | x]        (29)
+        y = M(x̃)                    (30)
+        o = SW-Attn(y)              (31)
+
+    The persistent tokens are the first that a sequence reads, and no more than that: the memory has
+    learned them, attention sees them while they are in its window. [B, T, dim] -> ([B, T, dim],
+    HybridState). With inner = heads * dim_head, the parameters are
+
+        those of NeuralMemory + 4 dim inner + n_persistent dim
+
+    Args:
+        dim (int): width of the model.
+        heads (int): memories side by side, and heads of the attention. Default: 4.
+        dim_head (int | None): width of queries, keys and values of both. Default: dim / heads.
+        window (int): tokens that a token sees, itself among them. Default: 512.
+        n_persistent (int): P, persistent tokens. Default: 4.
+        rotary (bool): whether attention rotates queries and keys by their distance. Default: True.
+        device, dtype: of the parameters.
+        depth, expansion, chunk_size, activation, residual, norm, per_layer_gates, conv_size,
+            max_learning_rate, backend: of the memory, as `NeuralMemory` takes them.
+
+    Example:
+        >>> import torch
+        >>> from titans_kernels.layers import TitansMAL
+        >>> block = TitansMAL(64, heads=2, window=32)
+        >>> out, state = block(torch.randn(1, 100, 64))
+        >>> out, state = block.step(torch.randn(1, 64), state)
+        >>> out.shape, state.attention.keys.shape
+        (torch.Size([1, 64]), torch.Size([1, 31, 64]))
+    """
+
+    state_type = HybridState
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 4,
+        dim_head: int | None = None,
+        window: int = 512,
+        n_persistent: int = 4,
+        rotary: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **memory: Unpack[MemoryOptions],
+    ) -> None:
+        super().__init__(dim, heads, dim_head, n_persistent, device=device, dtype=dtype, **memory)
+        checking.integer("window", window, 1)
+        checking.rotary(rotary, self.dim_head)
+        self.attention = WindowAttention(
+            dim, heads, self.dim_head, rotary, window, device=device, dtype=dtype
+        )
+
+    def _read(
+        self, x: Tensor, state: HybridState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, HybridState]:
+        y, memory = self.memory(x, state and state.memory, cu_seqlens)
+        o, attention = self.attention(y, state and state.attention, cu_seqlens)
+        return o, HybridState(memory, attention)
