@@ -25,6 +25,8 @@ reference_packages = [REFERENCE, *(f"{REFERENCE}.{name}" for name in find_packag
 
 demo = ["matplotlib", "tqdm"]
 bench = ["matplotlib", "tqdm"]
+hf = ["transformers>=5.23"]  # older releases of 5 call caches and configurations otherwise
+train = ["tqdm", *hf]
 dev = [
     "hypothesis",
     "mypy",
@@ -62,8 +64,9 @@ setup(
     extras_require={
         "demo": demo,
         "bench": bench,
-        "dev": sorted({*dev, *demo, *bench}),
-        "hf": ["transformers"],
+        "dev": sorted({*dev, *demo, *bench, *train}),
+        "hf": hf,
+        "train": train,
     },
     classifiers=[
         "Intended Audience :: Science/Research",

@@ -63,7 +63,9 @@ def test_public_names():
         "MemoryState",
         "NeuralMemory",
         "neural_memory",
+        "replace",
         "retrieve",
+        "warmup",
     ]
     assert all(hasattr(titans_kernels, name) for name in titans_kernels.__all__)
 

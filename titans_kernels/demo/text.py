@@ -33,13 +33,17 @@ class Text:
     held_out: list[Tensor]
 
 
-def read_text() -> Text:
-    """All sources of a few KB or more. Which are held out is decided by a checksum of the name."""
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = {path.relative_to(root): path for path in root.rglob("*.py")}
+def read_text(folder: str | None = None, pattern: str = "*.py") -> Text:
+    """All files of a few KB or more, by default Python's own sources.
+
+    Which are held out is decided by a checksum of the name.
+    """
+    root = Path(folder or sysconfig.get_path("stdlib"))
+    skipped = set() if folder else SKIPPED
+    paths = {path.relative_to(root): path for path in root.rglob(pattern) if path.is_file()}
     files = []
     for name, path in paths.items():
-        if SKIPPED.isdisjoint(name.parts) and path.stat().st_size > SHORTEST:
+        if skipped.isdisjoint(name.parts) and path.stat().st_size > SHORTEST:
             data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
             files.append((zlib.crc32(name.as_posix().encode()), data))
     files.sort(key=lambda file: file[0])  # the same mixed order on every machine
@@ -48,7 +52,7 @@ def read_text() -> Text:
         [data for checksum, data in files if checksum % HELD_OUT == 0],
     )
     if not text.train or not text.held_out:
-        raise FileNotFoundError(f"no sources of Python's standard library under {root}")
+        raise FileNotFoundError(f"too few files {pattern} over {SHORTEST} bytes under {root}")
     return text
 
 

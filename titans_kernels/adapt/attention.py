@@ -1,0 +1,168 @@
+"""A Titans layer where a model expects attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .rows import rows_once
+from .variants import build
+
+
+class TitansAttention(nn.Module):
+    """A Titans block with the calling convention of attention in flash-linear-attention.
+
+    `(hidden_states, attention_mask, past_key_values, use_cache, ..., cu_seqlens)` ->
+    `(out, None, past_key_values)`. Reads left to right, whatever the mask: of a mask it takes which
+    tokens are padding, which it neither reads nor answers (zeros), and where sequences begin.
+
+    Args:
+        hidden_size (int): width of the model.
+        num_heads (int): memories side by side, and heads of the block's attention.
+        variant (str): "mac", "mag", "mal" or "lmm".
+        layer_idx (int | None): where in a cache of transformers the state is kept; needed to use
+            one.
+        options: as the block of that variant takes them.
+
+    Example:
+        >>> import torch
+        >>> from titans_kernels.adapt import TitansAttention
+        >>> layer = TitansAttention(64, num_heads=2, variant="lmm")
+        >>> padding = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+        >>> out, _, _ = layer(torch.randn(2, 4, 64), attention_mask=padding)
+        >>> out.shape, bool(out[0, :2].any())
+        (torch.Size([2, 4, 64]), False)
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        variant: str = "mac",
+        layer_idx: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.variant, self.layer_idx = variant, layer_idx
+        self.beside, self.others = False, 0
+        self.block = build(variant, hidden_size, heads=num_heads, **options)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        **host: Any,
+    ) -> tuple[Tensor, None, Any]:
+        """`host`: what else a model tells its attention, such as rotary embeddings.
+
+        As attention does, it goes on from the state in past_key_values, and leaves its own there,
+        whenever there is a cache; use_cache and output_attentions are the convention's.
+        """
+        if host.get("encoder_hidden_states") is not None:
+            raise ValueError("encoder_hidden_states: a memory reads one sequence, takes None")
+        if past_key_values is None:
+            past_key_values = host.get("past_key_value")  # its name in older models
+        layer = None
+        if past_key_values is not None:
+            from .cache import memory_layer
+
+            if self.layer_idx is None:
+                raise ValueError("past_key_values: a layer without a layer_idx takes None")
+            layer = memory_layer(past_key_values, self.layer_idx, self.beside, self.others)
+        state = None if layer is None else layer.state
+
+        if cu_seqlens is None:
+            cu_seqlens = host.get("cu_seq_lens_q")  # its name in transformers
+        x, rows = hidden_states, None
+        if cu_seqlens is None:
+            past = state is not None
+            rows = rows_once(x, attention_mask, host.get("position_ids"), past)
+        if rows is not None:
+            x, cu_seqlens = rows.pack(x), rows.cu_seqlens
+            if layer is not None and len(cu_seqlens) != len(hidden_states) + 1:
+                raise ValueError("past_key_values: takes None together with packed sequences")
+        out, state = self.block(x, state, cu_seqlens)
+        if layer is not None:
+            layer.store(state, hidden_states.shape[1])
+        return (out if rows is None else rows.unpack(out)), None, past_key_values
+
+    def extra_repr(self) -> str:
+        return f"variant={self.variant}, layer_idx={self.layer_idx}"
+
+
+class InTransformers(TitansAttention):
+    """As attention in Hugging Face transformers: `(out, None)`."""
+
+    positional: tuple[str, ...] = ()  # what the host's attention calls its arguments
+
+    def forward(self, hidden_states: Tensor, *host: Any, **named: Any) -> Any:
+        named |= dict(zip(self.positional, host, strict=False))
+        return super().forward(hidden_states, **named)[:2]
+
+
+class InMultihead(TitansAttention):
+    """As `nn.MultiheadAttention` of a sequence with itself: `(out, None)`."""
+
+    # What nn.TransformerEncoderLayer reads to decide that it cannot skip calling this.
+    in_proj_bias, _qkv_same_embed_dim = None, True
+    batch_first = False
+
+    @property
+    def num_heads(self) -> int:
+        return self.block.heads
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        if any(x is not None and x is not query for x in (key, value)):
+            raise ValueError("key, value: got other tensors than query, takes the same")
+        x, batched = query, query.dim() == 3
+        if not batched:
+            x = x[None]
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+        real = None
+        if key_padding_mask is not None:  # True, or -inf to be added, at padding
+            real = key_padding_mask == 0
+        out, _, _ = super().forward(x, attention_mask=real)
+        if not batched:
+            return out[0], None
+        return (out if self.batch_first else out.transpose(0, 1)), None
+
+
+class InPlain(TitansAttention):
+    """As a module that maps [B, T, dim] to [B, T, dim]."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[0]
+
+
+def gated(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """A forward hook: what attention said, and the memory beside it as far as its gate is open."""
+    found = module.titans(*args, **kwargs)  # type: ignore[operator]
+    gate: Tensor = module.titans_gate  # type: ignore[assignment]
+    if isinstance(output, tuple):
+        return (output[0] + (gate * found[0]).to(output[0].dtype), *output[1:])
+    return output + (gate * found).to(output.dtype)
+
+
+def closed_gate(dim: int, like: Tensor) -> nn.Parameter:
+    """Zeros: the memory is there, and changes nothing until it is trained."""
+    gate = nn.Parameter(torch.zeros(dim, device=like.device, dtype=like.dtype))
+    gate._no_weight_decay = True  # type: ignore[attr-defined]
+    return gate

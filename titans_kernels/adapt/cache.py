@@ -1,0 +1,119 @@
+"""States in the caches of Hugging Face transformers: as large after a million tokens as after one.
+
+A cache is a list of layers. A Titans layer that takes the place of attention takes the place of its
+layer there; one beside attention has a layer of its own behind all others. So whatever a cache does
+to its layers, reordering for beam search above all, reaches the states too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+
+from ..layers.state import State
+
+
+class MemoryLayer(CacheLayerMixin):
+    """The state of one Titans layer, and how many tokens, padding included, its rows have had."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, beside: int | None = None) -> None:
+        super().__init__()
+        self.beside = beside  # the layer of attention that this one is beside of
+        self.state: State | None = None
+        self.seen = 0
+
+    def store(self, state: State, tokens: int) -> None:
+        self.state = state
+        self.seen += tokens
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.state, self.seen = None, 0
+
+    def detach(self) -> None:
+        self.state = self.state and self.state.detach()
+
+    def offload(self) -> None:
+        """A state stays where it is; it is what keys and values of a few hundred tokens take."""
+
+    prefetch = offload
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.state = self.state and self.state.index_select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.state = self.state and self.state.map(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.state = self.state and self.state.map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError("crop: a memory cannot unlearn; keep a copy of its state instead")
+
+    def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
+        raise TypeError("this layer of the cache holds the state of a memory, not keys and values")
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+        self.lazy_initialization(key_states, value_states)
+
+
+class TitansCache(Cache):
+    """The states of a model of `layers` Titans layers."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers=[MemoryLayer() for _ in range(layers)])
+
+    def detach(self) -> TitansCache:
+        """The same states, cut off from the graph: truncated backpropagation."""
+        for layer in self.layers:
+            layer.detach()
+        return self
+
+
+def memory_layer(cache: Any, index: int, beside: bool = False, others: int = 0) -> MemoryLayer:
+    """Where a Titans layer finds its state; made when it is not there yet.
+
+    Args:
+        cache: a `DynamicCache`, `TitansCache` or any other that grows.
+        index: of the attention layer whose place it takes, or that it is beside of.
+        others: how many attention layers the model has or had.
+    """
+    cache = getattr(cache, "self_attention_cache", cache)
+    if not isinstance(cache, Cache):
+        got = type(cache).__name__
+        raise TypeError(f"past_key_values: got {got}, takes a Cache of transformers or None")
+    # A cache that makes its layers when they are first used must not use ours for another.
+    while len(cache.layers) < max(others, index + 1):
+        cache.layers.append((cache.layer_class_to_replicate or MemoryLayer)())
+    if beside:
+        for layer in cache.layers:
+            if isinstance(layer, MemoryLayer) and layer.beside == index:
+                return layer
+        cache.layers.append(MemoryLayer(beside=index))
+        return cache.layers[-1]
+
+    layer = cache.layers[index]
+    if isinstance(layer, MemoryLayer):
+        return layer
+    if isinstance(layer, StaticLayer):
+        got = type(cache).__name__
+        raise ValueError(f"past_key_values: got {got}, takes one that grows, as a DynamicCache")
+    if getattr(layer, "is_initialized", False) or getattr(layer, "state", None) is not None:
+        got = f"what another kind of layer left in layer {index}"
+        raise ValueError(f"past_key_values: got {got}, takes an empty cache")
+    cache.layers[index] = MemoryLayer()
+    return cache.layers[index]

@@ -1,0 +1,162 @@
+"""Titans layers in a model that is already there: in the place of its attention, or beside it."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .. import checks
+from .attention import (
+    InMultihead,
+    InPlain,
+    InTransformers,
+    TitansAttention,
+    closed_gate,
+    gated,
+)
+
+Where = str | Callable[[str, nn.Module], bool]
+
+
+def replace(
+    model: nn.Module,
+    where: Where,
+    variant: str = "mac",
+    *,
+    mode: str = "replace",
+    dim: int | None = None,
+    heads: int | None = None,
+    **options: Any,
+) -> list[str]:
+    """Put Titans layers into a model: each chosen attention becomes one, or gets one beside it.
+
+    Takes attention of Hugging Face transformers (decoders: GPT-2, Llama, Qwen, ... with `generate`,
+    caches, left padding, packed sequences), `nn.MultiheadAttention` of a sequence with itself, and
+    modules that map [B, T, dim] to [B, T, dim]. The model is changed in place. A Titans layer reads
+    left to right, also where attention saw both ways. Freeze, train and save as ever; to load
+    what was saved, build the model, replace again, then `load_state_dict`.
+
+    Args:
+        where (str | Callable): a pattern such as "model.layers.[13].self_attn" (as file names are
+            matched, * for anything), or a function of (name, module).
+        variant (str): "mac", "mag", "mal" or "lmm".
+        mode (str): "replace": the Titans layer takes attention's place. "beside": attention stays
+            as it is, and `titans_gate * memory` is added to what it says. The gate starts at 0,
+            one number a channel: the model computes what it did, to the bit, until it is trained.
+        dim, heads (int | None): of the Titans layer. Default: what the attention says it has.
+        options: as the block of that variant takes them: segment, window, chunk_size, ...
+
+    Returns:
+        The names of the chosen modules.
+
+    Raises:
+        ValueError: nothing matches, or a module does not say its dim or heads.
+        TypeError: a module is not called as attention is.
+
+    Example:
+        >>> import torch
+        >>> from titans_kernels import replace
+        >>> encoder = torch.nn.TransformerEncoderLayer(64, nhead=2, batch_first=True)
+        >>> replace(encoder, "self_attn", "lmm")
+        ['self_attn']
+        >>> encoder(torch.randn(1, 10, 64)).shape
+        torch.Size([1, 10, 64])
+    """
+    checks.choice("mode", mode, ("replace", "beside"))
+    chosen = {
+        name: module for name, module in model.named_modules() if _matches(where, name, module)
+    }
+    if not chosen:
+        candidates = [n for n, _ in model.named_modules() if "attn" in n.split(".")[-1]]
+        raise ValueError(f"where: got {where!r}, which matches no module; there are {candidates}")
+    # A module inside a chosen one goes or stays with it.
+    chosen = {n: m for n, m in chosen.items() if not any(n.startswith(f"{o}.") for o in chosen)}
+    others = 1 + max((_index(module) for module in model.modules()), default=-1)
+    layers = {
+        name: _layer(name, module, variant, dim, heads, options) for name, module in chosen.items()
+    }
+    for name, layer in layers.items():
+        module, layer.others = chosen[name], others
+        layer.train(module.training)
+        if mode == "replace":
+            model.set_submodule(name, layer)
+            continue
+        if hasattr(module, "titans"):
+            raise ValueError(f"where: {name} has a memory beside it already")
+        layer.beside = True
+        module.titans = layer
+        module.titans_gate = closed_gate(layer.block.dim, next(module.parameters()))
+        module.register_forward_hook(gated, with_kwargs=True)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # its nested tensors are for its own attention only
+    return list(layers)
+
+
+def _matches(where: Where, name: str, module: nn.Module) -> bool:
+    if isinstance(where, str):
+        return bool(name) and fnmatch.fnmatchcase(name, where)
+    return bool(name) and where(name, module)
+
+
+def _index(module: nn.Module) -> int:
+    index = getattr(module, "layer_idx", None)
+    return index if isinstance(index, int) else -1
+
+
+def _layer(
+    name: str,
+    module: nn.Module,
+    variant: str,
+    dim: int | None,
+    heads: int | None,
+    options: dict[str, Any],
+) -> TitansAttention:
+    """The Titans layer for the place of one module, of its width, heads, device and dtype."""
+    kind = _convention(name, module)
+    config = getattr(module, "config", None)
+    like = next(module.parameters(), None)
+    if dim is None:
+        linear = next((m for m in module.modules() if isinstance(m, nn.Linear)), None)
+        dim = _first(module, "embed_dim", "hidden_size") or _first(config, "hidden_size")
+        dim = dim or (linear.in_features if linear is not None else None)
+    if heads is None:
+        heads = _first(module, "num_heads", "n_head") or _first(config, "num_attention_heads")
+    for what, size in (("dim", dim), ("heads", heads)):
+        if size is None:
+            raise ValueError(f"{what}: {name} does not say it, takes an int")
+    assert dim is not None and heads is not None
+    if like is not None:
+        options = {"device": like.device, "dtype": like.dtype} | options
+    index = _index(module)
+    layer = kind(dim, heads, variant, layer_idx=None if index < 0 else index, **options)
+    if isinstance(layer, InTransformers):
+        layer.positional = tuple(inspect.signature(module.forward).parameters)[1:]
+    if isinstance(layer, InMultihead):
+        layer.batch_first = bool(module.batch_first)
+    return layer
+
+
+def _convention(name: str, module: nn.Module) -> type[TitansAttention]:
+    """How the module is called."""
+    if isinstance(module, nn.MultiheadAttention):
+        return InMultihead
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    if parameters and parameters[0].name == "hidden_states":
+        return InTransformers
+    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    needed = [p for p in parameters if p.default is p.empty and p.kind in positional]
+    if len(needed) == 1 and needed[0] is parameters[0]:
+        return InPlain
+    takes = "forward(hidden_states, ...), nn.MultiheadAttention or forward(x)"
+    raise TypeError(f"where: {name} is a {type(module).__name__}, takes modules with {takes}")
+
+
+def _first(holder: Any, *names: str) -> int | None:
+    """The first of these attributes that is an int."""
+    found = (getattr(holder, name, None) for name in names)
+    return next((x for x in found if isinstance(x, int)), None)

@@ -1,0 +1,22 @@
+"""The architectures of the paper by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import checks
+from ..layers import TitansLMM, TitansMAC, TitansMAG, TitansMAL
+from ..layers.block import Block
+
+VARIANTS: dict[str, type[Block[Any]]] = {
+    "mac": TitansMAC,
+    "mag": TitansMAG,
+    "mal": TitansMAL,
+    "lmm": TitansLMM,
+}
+
+
+def build(variant: str, dim: int, **options: Any) -> Block[Any]:
+    """The block of that name; its constructor refuses what it does not take."""
+    checks.choice("variant", variant, tuple(VARIANTS))
+    return VARIANTS[variant](dim, **options)

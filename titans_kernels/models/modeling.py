@@ -1,0 +1,223 @@
+"""The models: embedding, layers of a Titans block and an MLP, and a head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from ..adapt.cache import MemoryLayer, TitansCache, memory_layer
+from ..adapt.rows import rows_of
+from ..adapt.variants import build
+from ..layers.block import Block
+from ..layers.state import State
+from .configuration import TitansConfig
+
+
+class TitansMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        dim, wide = config.hidden_size, config.intermediate_size
+        assert wide is not None, "the configuration has filled it in"
+        self.gate_proj = nn.Linear(dim, wide, bias=False)
+        self.up_proj = nn.Linear(dim, wide, bias=False)
+        self.down_proj = nn.Linear(wide, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class TitansDecoderLayer(nn.Module):
+    """x + block(norm(x)), then x + mlp(norm(x)); state in, state out."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = build(config.variant, config.hidden_size, **config.block_options())
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = TitansMLP(config)
+
+    def forward(
+        self, x: Tensor, state: State | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, State]:
+        y, state = self.mixer(self.mixer_norm(x), state, cu_seqlens)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+class TitansPreTrainedModel(PreTrainedModel):
+    config_class = TitansConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    # What generation must not do: take back tokens that a memory has learned.
+    _is_stateful = True
+    _no_split_modules = ["TitansDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Called for every module, children first."""
+        std = self.config.initializer_range
+        if isinstance(module, Block):
+            module.reset_parameters()
+        elif isinstance(module, TitansMLP):
+            for linear in (module.gate_proj, module.up_proj, module.down_proj):
+                nn.init.normal_(linear.weight, std=std)
+        elif isinstance(module, nn.Embedding) or module is self.get_output_embeddings():
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Every parameter as at the start; also after `to_empty` of a model on the meta device."""
+        self.tie_weights()  # `to_empty` unties
+        self.apply(self._init_weights)
+
+
+class TitansModel(TitansPreTrainedModel):
+    """Tokens to hidden states. Padding is neither read nor computed."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            TitansDecoderLayer(config) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Read tokens, and go on from the states in past_key_values if there are any.
+
+        Args:
+            input_ids (Tensor): [B, T], or inputs_embeds [B, T, hidden_size] instead.
+            attention_mask (Tensor | None): [B, T], or [B, all tokens so far + T]: 0 at padding,
+                left, right or in between.
+            position_ids (Tensor | None): [B, T]. Only where sequences begin is taken from it, as
+                where it restarts, and only without a mask and a past.
+            past_key_values (Cache | None): its states are read, and replaced by those after T.
+            use_cache (bool | None): whether to make a cache where none is given. Default: as the
+                config says, but not in training.
+            cu_seqlens (Tensor | None): [N + 1], sequences packed end to end in a batch of 1; also
+                by its other name, cu_seq_lens_q.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: got both or neither, takes one of them")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        T = x.shape[1]
+        caches: list[MemoryLayer | None] = [None] * len(self.layers)
+        if past_key_values is not None:
+            caches = [memory_layer(past_key_values, i) for i in range(len(self.layers))]
+        past = caches[0] is not None and caches[0].state is not None
+
+        if cu_seqlens is None:
+            cu_seqlens = kwargs.get("cu_seq_lens_q")
+        rows = None if cu_seqlens is not None else rows_of(x, attention_mask, position_ids, past)
+        several = rows is not None and len(rows.cu_seqlens) != len(x) + 1
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not several
+        if several and (use_cache or past_key_values is not None):
+            raise ValueError("use_cache: got True, takes False where rows hold several sequences")
+        if use_cache and past_key_values is None:
+            past_key_values = TitansCache(len(self.layers))
+            caches = list(past_key_values.layers)
+        if rows is not None:
+            x, cu_seqlens = rows.pack(x), rows.cu_seqlens
+
+        seen = [x]
+        for cache, layer in zip(caches, self.layers, strict=True):
+            state = None if cache is None else cache.state
+            if self.gradient_checkpointing and self.training:
+                x, state = self._gradient_checkpointing_func(layer, x, state, cu_seqlens)
+            else:
+                x, state = layer(x, state, cu_seqlens)
+            if cache is not None:
+                cache.store(state, T)
+            if output_hidden_states:
+                seen.append(x)
+        seen[-1] = x = self.norm(x)
+        if rows is not None:
+            seen = [rows.unpack(y) for y in seen] if output_hidden_states else seen
+            x = rows.unpack(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=tuple(seen) if output_hidden_states else None,
+        )
+
+
+class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
+    """`TitansModel` and a head: the next token. `generate` with a cache of constant size."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(config)
+        self.model = TitansModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As `TitansModel.forward`, and
+
+        Args:
+            labels (Tensor | None): [B, T], the input_ids; the loss shifts them. -100: no loss.
+            logits_to_keep (int | Tensor): of that many last tokens, or of these; 0: of all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=kwargs.pop("cu_seq_lens_q", None),
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            size = self.config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
