@@ -3,15 +3,18 @@
 #
 #   PYTHON  the Python that .venv is made from
 #   TORCH   the torch to install, for example TORCH=torch for the newest
+#   SECOND  another Triton that the kernels are compiled with, beside the one that torch brings
 #   PYTEST  more options for pytest, for example PYTEST="-k stream -x"
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+SECOND ?= 3.6.0
 PYTEST ?=
 VENV   ?= .venv
 
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.ready
+OTHER := $(VENV)/triton-$(SECOND)
 
 # One thread a worker: the suite runs two workers, and its tensors are too small to split.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -30,11 +33,17 @@ $(READY): setup.py
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
+# Only the package itself: first on PYTHONPATH it takes the other's place, torch and all else stay.
+$(OTHER): | $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $@.part "triton==$(SECOND)"
+	mv $@.part $@
+
 demo: $(READY) ## Train a small byte-level model and watch its memory learn while it reads
 	$(PY) -m titans_kernels.demo
 
-test: check ## Lint, type-check and run every test that this machine can run
-	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist worksteal --durations 10 $(PYTEST)
+test: check $(OTHER) ## Lint, type-check and run every test that this machine can run
+	SECOND_TRITON=$(abspath $(OTHER)) $(ONE_THREAD) $(PY) -m pytest -n 2 --dist worksteal --durations 10 $(PYTEST)
 
 check: $(READY) ## Lint, formatting and types only
 	$(PY) -m ruff check .
@@ -48,8 +57,9 @@ format: $(READY) ## Rewrite the sources in the project's format
 verify: $(READY) ## Compare every operator and dtype with the float64 reference
 	$(PY) -m titans_kernels.verify
 
-static: $(READY) ## Compile the shipped kernels for every GPU and judge their machine code
+static: $(READY) $(OTHER) ## Compile the shipped kernels for every GPU and judge their machine code
 	$(PY) -m benchmarks.static --check
+	PYTHONPATH=$(OTHER) $(PY) -m benchmarks.static --check
 
 bench: $(READY) ## Time the operators beside their peers
 	$(PY) -m benchmarks

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from .cases import OURS, Case
@@ -52,7 +51,7 @@ def group_of(event: str) -> str:
 
 def breakdown(case: Case, shape: Shape, mode: str, repeats: int = 3) -> list[Share]:
     """Shares of one call of ours, the largest first."""
-    run = runner(case.providers[OURS](case.inputs(shape, shape.T, torch.float32), shape), mode)
+    run = runner(case.providers[OURS](case.made(shape, shape.T), shape), mode)
     seconds, calls = _profile(run, repeats)
     total = sum(seconds.values())
     flop = case.flop[OURS](shape, mode) if OURS in case.flop else None

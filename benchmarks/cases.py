@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ OURS = "titans_kernels"
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to do, and everyone who does it.
+    """One thing to do, everyone who does it, and where.
 
     Args:
         name (str): what `--cases` takes.
@@ -29,6 +30,8 @@ class Case:
         modes (tuple[str, ...]): "forward", "forward+backward".
         per_token (bool): whether the output has a row for each token, of which a prefix can be
             compared with the definition.
+        device, dtype (str, torch.dtype): of the inputs.
+        bound (float): of ours, relative to the definition in float64, in the Frobenius norm.
     """
 
     name: str
@@ -41,6 +44,26 @@ class Case:
     quick: tuple[Shape, ...]
     modes: tuple[str, ...] = (FORWARD, BOTH)
     per_token: bool = True
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    bound: float = 1e-4
+
+    def made(self, shape: Shape, length: int) -> Inputs:
+        """Leaves on the device: the first `length` tokens."""
+        return leaves(self.inputs(shape, length, self.dtype), self.device)
+
+    def exact(self, shape: Shape, length: int) -> Inputs:
+        """The same values in float64, for the definition."""
+        return leaves(self.inputs(shape, length, self.dtype), "cpu", torch.float64)
+
+
+def leaves(x: Any, device: str, dtype: torch.dtype | None = None) -> Any:
+    """The same values as leaves elsewhere, in dicts and tuples as they were."""
+    if isinstance(x, dict):
+        return {name: leaves(part, device, dtype) for name, part in x.items()}
+    if isinstance(x, tuple):
+        return tuple(leaves(part, device, dtype) for part in x)
+    return x.detach().to(device, dtype or x.dtype).requires_grad_()
 
 
 TINY = Shape(T=64, H=2, D=16)

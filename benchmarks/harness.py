@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils.benchmark import Measurement, Timer
 
 from .cases import OURS, Case
+from .journal import in_short
 from .memory import peak_growth
 from .providers import Task
 from .shapes import BOTH, FORWARD, Shape
 
-BOUND = 1e-4  # of ours in float32, relative to the definition in float64, in the Frobenius norm
 RESOLUTION = 2**20  # bytes; a peak below that says nothing beside another
 
 
@@ -59,6 +59,7 @@ class Row:
     peak_bytes: int | None = None
     time_ratio: float | None = None
     memory_ratio: float | None = None
+    dtype: str = "float32"
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,15 +86,15 @@ def runner(task: Task, mode: str) -> Callable[[], Any]:
 
 
 def deviation(case: Case, shape: Shape, mode: str) -> float:
-    """Largest relative error of ours, float32, on a prefix of the inputs; NaN counts as infinite.
+    """Largest relative error of ours on a prefix of the inputs; NaN counts as infinite.
 
     Outputs and gradients of the prefix, and the prefix of what the timed call returns.
     """
-    definition = case.definition(case.inputs(shape, shape.checked, torch.float64), shape)
-    ours = case.providers[OURS](case.inputs(shape, shape.checked, torch.float32), shape)
+    definition = case.definition(case.exact(shape, shape.checked), shape)
+    ours = case.providers[OURS](case.made(shape, shape.checked), shape)
     expected, actual = ([runner(task, FORWARD)()] for task in (definition, ours))
     if case.per_token:
-        whole = case.providers[OURS](case.inputs(shape, shape.T, torch.float32), shape)
+        whole = case.providers[OURS](case.made(shape, shape.T), shape)
         expected.append(expected[0])
         actual.append(runner(whole, FORWARD)()[:, : shape.checked])
     if mode == BOTH:
@@ -103,7 +104,7 @@ def deviation(case: Case, shape: Shape, mode: str) -> float:
     for a, e in zip(actual, expected, strict=True):
         if a is None or a.shape != e.shape:
             return float("inf")
-        errors.append(float((a.double() - e).norm() / e.norm()))
+        errors.append(float((a.cpu().double() - e).norm() / e.norm()))
     return max(error if error == error else float("inf") for error in errors)
 
 
@@ -113,18 +114,26 @@ def measure(case: Case, shape: Shape, mode: str, ceiling: float, effort: Effort)
     `ceiling`: FLOP per second that the machine reaches in a large matrix product.
     """
     error = deviation(case, shape, mode)
-    if not error <= BOUND:
-        problem = f"wrong: relative error {error:.1e}, bound {BOUND:.0e}; not timed"
-        yield Row(case.name, shape, mode, OURS, problem, error)
+    dtype = str(case.dtype).removeprefix("torch.")
+    if not error <= case.bound:
+        problem = f"wrong: relative error {error:.1e}, bound {case.bound:.0e}; not timed"
+        yield Row(case.name, shape, mode, OURS, problem, error, dtype=dtype)
         return
 
     runners, problems = {}, {}
     for name, build in case.providers.items():
         try:
-            inputs = case.inputs(shape, shape.T, torch.float32)
-            runners[name] = runner(build(inputs, shape), mode)
+            runners[name] = runner(build(case.made(shape, shape.T), shape), mode)
+            if case.device != "cpu" and name != OURS:
+                runners[name]()  # a peer may not do the case
         except ImportError as missing:
             problems[name] = f"not measured: {missing}"
+        except Exception as failure:
+            if name == OURS:
+                raise
+            problems[name] = f"not measured: {in_short(failure)}"
+    for name in problems:
+        runners.pop(name, None)
 
     rounds = take_turns(runners, effort)
     peaks = {
@@ -133,7 +142,7 @@ def measure(case: Case, shape: Shape, mode: str, ceiling: float, effort: Effort)
     }
     for name in case.providers:
         if name in problems:
-            yield Row(case.name, shape, mode, name, problems[name])
+            yield Row(case.name, shape, mode, name, problems[name], dtype=dtype)
             continue
         times = [seconds for turn in rounds for seconds in turn[name].times]
         p20, median, p80 = quantiles(times)
@@ -155,6 +164,7 @@ def measure(case: Case, shape: Shape, mode: str, ceiling: float, effort: Effort)
             peak_bytes=theirs,
             time_ratio=statistics.median(t[name].median / t[OURS].median for t in rounds),
             memory_ratio=memory_ratio(theirs, mine),
+            dtype=dtype,
         )
 
 

@@ -1,4 +1,4 @@
-"""The machine: what it is, and how fast it multiplies matrices."""
+"""The machine: what it is, how fast it multiplies matrices and, if a GPU, copies."""
 
 from __future__ import annotations
 
@@ -34,8 +34,12 @@ class Machine:
     titans_pytorch: str
     commit: str
     date: str
-    matmul_flops: float  # FLOP per second in a large float32 matrix product, the ceiling
+    matmul_flops: float  # FLOP per second in a large matrix product, the ceiling
     matmul_size: int
+    dtype: str = "float32"  # of that product
+    copy_bytes: float | None = None  # read and written per second in a large copy
+    triton: str = "not installed"
+    driver: str = ""  # and clocks, of a GPU
 
     @property
     def slug(self) -> str:
@@ -44,23 +48,27 @@ class Machine:
 
     def line(self) -> str:
         load = "unknown" if self.load is None else f"{self.load:.1f}"
+        cores = f"{self.threads} of {self.cores} cores used, load before {load}"
         return (
-            f"{self.device} ({self.capability}), {self.threads} of {self.cores} cores used, "
-            f"load before {load} | torch {self.torch} | Python {self.python} | "
-            f"titans_kernels {self.titans_kernels} at {self.commit} | "
-            f"titans-pytorch {self.titans_pytorch} | {self.date}"
+            f"{self.device} ({self.capability}), {self.driver or cores} | torch {self.torch} | "
+            f"Triton {self.triton} | Python {self.python} | titans_kernels {self.titans_kernels} "
+            f"at {self.commit} | titans-pytorch {self.titans_pytorch} | {self.date}"
         )
 
     def ceiling(self) -> str:
         n = self.matmul_size
-        return f"float32 matrix product {n} x {n} x {n}: {self.matmul_flops / 1e9:.1f} GFLOP/s"
+        copy = f", copy: {self.copy_bytes / 1e12:.2f} TB/s" if self.copy_bytes else ""
+        rate = f"{self.matmul_flops / 1e9:,.1f} GFLOP/s"
+        return f"{self.dtype} matrix product {n} x {n} x {n}: {rate}{copy}"
 
 
-def describe(threads: int, matmul_size: int = 2048) -> Machine:
-    """This machine, now."""
+def describe(threads: int, matmul_size: int = 2048, device: str = "cpu") -> Machine:
+    """This machine, now; with device "cuda" its GPU."""
+    gpu = device != "cpu"
+    dtype = torch.bfloat16 if gpu else torch.float32
     return Machine(
-        device=_processor(),
-        capability=torch.backends.cpu.get_cpu_capability(),
+        device=torch.cuda.get_device_name() if gpu else _processor(),
+        capability=_capability() if gpu else torch.backends.cpu.get_cpu_capability(),
         cores=os.cpu_count() or 1,
         threads=threads,
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -70,16 +78,44 @@ def describe(threads: int, matmul_size: int = 2048) -> Machine:
         titans_pytorch=_version("titans-pytorch"),
         commit=_commit(),
         date=datetime.date.today().isoformat(),
-        matmul_flops=_matmul_flops(matmul_size, threads),
+        matmul_flops=_matmul_flops(matmul_size, threads, device, dtype),
         matmul_size=matmul_size,
+        dtype=str(dtype).removeprefix("torch."),
+        copy_bytes=_copy_bytes() if gpu else None,
+        triton=_version("triton"),
+        driver=_driver() if gpu else "",
     )
 
 
-def _matmul_flops(n: int, threads: int) -> float:
-    a, b = torch.randn(2, n, n)
+def _matmul_flops(n: int, threads: int, device: str, dtype: torch.dtype) -> float:
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=threads)
     measured = timer.blocked_autorange(min_run_time=3.0 if n > 1024 else 0.01)
     return 2 * n**3 / min(measured.times)  # a ceiling: the fastest call
+
+
+def _copy_bytes() -> float:
+    a = torch.randn(2**30, device="cuda")
+    b = torch.empty_like(a)
+    timer = Timer("b.copy_(a)", globals={"a": a, "b": b})
+    return 2 * a.nbytes / min(timer.blocked_autorange(min_run_time=1.0).times)
+
+
+def _capability() -> str:
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+def _driver() -> str:
+    """The driver and the clocks that the machine came with: read, never set."""
+    fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "driver unknown"
+    driver, now, most, memory, power = (x.strip() for x in found.split(","))
+    return f"driver {driver}, SM {now} of {most}, memory {memory}, {power}"
 
 
 def _processor() -> str:

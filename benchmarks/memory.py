@@ -1,4 +1,4 @@
-"""Peak memory of one call on a CPU: how far its process grows beyond what it is built of.
+"""Peak memory of one call. On a CPU: how far its process grows beyond what it is built of.
 
 Every provider and mode has a process of its own, forked from a server that has imported the
 packages and done nothing else. It builds the provider and its inputs, makes one call on a short
@@ -33,7 +33,9 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_growth(case: Case, provider: str, shape: Shape, mode: str, threads: int) -> int:
-    """Bytes, measured in a process of its own."""
+    """Bytes, measured in a process of its own; on a GPU, what its allocator says."""
+    if case.device != "cpu":
+        return _allocated(case, provider, shape, mode)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.harness", "titans_pytorch"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -47,7 +49,7 @@ def _measure(case: Case, provider: str, shape: Shape, mode: str, threads: int) -
     build = case.providers[provider]
 
     def prepared(length: int) -> Callable[[], Any]:
-        return runner(build(case.inputs(shape, length, torch.float32), shape), mode)
+        return runner(build(case.made(shape, length), shape), mode)
 
     prepared(shape.checked)()
     run = prepared(shape.T)
@@ -58,6 +60,17 @@ def _measure(case: Case, provider: str, shape: Shape, mode: str, threads: int) -
     grown = _highest() - before
     del result
     return max(grown, 0)
+
+
+def _allocated(case: Case, provider: str, shape: Shape, mode: str) -> int:
+    from .harness import runner
+
+    run = runner(case.providers[provider](case.made(shape, shape.T), shape), mode)
+    run()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _give_back() -> None:

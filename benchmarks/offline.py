@@ -26,7 +26,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -78,14 +78,19 @@ class _StandIn(DriverBase):
 
 
 @contextmanager
-def compiling(arch: str) -> Iterator[list[Report]]:
-    """Compile for `arch` what is launched inside; the list grows by a report a launch."""
+def compiling(arch: str, only: Container[str] | None = None) -> Iterator[list[Report]]:
+    """Compile for `arch` what is launched inside; the list grows by a report a launch.
+
+    Of kernels by other names than `only`, nothing happens.
+    """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: this process interprets kernels")
     reports: list[Report] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if only is not None and self.__name__ not in only:
+            return None
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
         given = dict(zip(self.arg_names, args, strict=False)) | kwargs
         fixed = {p.name: str(given.get(p.name, p.default)) for p in self.params if p.is_constexpr}

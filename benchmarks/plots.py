@@ -12,6 +12,7 @@ from typing import Any
 
 from .cases import OURS
 from .harness import Row
+from .model import forward_bytes
 from .shapes import BOTH, FORWARD
 
 COLOURS = {OURS: ("#1f4e9c", "#5b9bd5"), "SDPA causal": ("#c0504d",)}
@@ -26,13 +27,18 @@ def draw(record: Path) -> list[Path]:
     report = json.loads(record.read_text(encoding="utf-8"))
     rows = [Row.from_record(row) for row in report["rows"] if row["problem"] is None]
     machine = report["machine"]
+    dtypes = ", ".join(dict.fromkeys(row.dtype for row in rows))
     source = (
-        f"{machine['device']}, {machine['threads']} thread(s), float32, torch {machine['torch']}, "
+        f"{machine['device']}, {machine['threads']} thread(s), {dtypes}, torch {machine['torch']}, "
         f"commit {machine['commit']}, {machine['date']}"
     )
     drawn = []
-    for suffix, plot in (("time", _time_over_length), ("ratios", _ratios)):
-        figure = plot(rows)
+    figures = {
+        "time": _time_over_length(rows),
+        "ratios": _ratios(rows),
+        "roofline": _roofline(rows, machine),
+    }
+    for suffix, figure in figures.items():
         if figure is not None:
             figure.text(0.01, 0.01, source, fontsize=7, color="0.4")
             path = record.with_name(f"{record.stem}-{suffix}.png")
@@ -45,7 +51,7 @@ def _time_over_length(rows: list[Row]) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    rows = [row for row in rows if row.case == "operator"]
+    rows = _of_one_size([row for row in rows if row.case == "operator"])
     if not rows:
         return None
     figure = Figure(figsize=(9, 4.2), layout=ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95)))
@@ -59,6 +65,8 @@ def _time_over_length(rows: list[Row]) -> Any:
                     for row in rows
                     if (row.mode, row.provider, row.shape.chunk) == (mode, provider, chunk)
                 ]
+                if not points:
+                    continue
                 ours = provider == OURS
                 label = f"{provider}, chunk {chunk}" if ours else provider
                 style = "o-" if ours else "s--"
@@ -73,6 +81,47 @@ def _time_over_length(rows: list[Row]) -> Any:
     axes[0].legend(frameon=False)
     shape = rows[0].shape
     figure.suptitle(f"The operator, {shape.H} heads of {shape.D}, hidden {shape.hidden}")
+    return figure
+
+
+def _of_one_size(rows: list[Row]) -> list[Row]:
+    """Those of the batch, heads and head dimension that there are most lengths of."""
+
+    def size(row: Row) -> tuple[int, int, int]:
+        return row.shape.B, row.shape.H, row.shape.D
+
+    lengths: dict[tuple[int, int, int], set[int]] = {}
+    for row in rows:
+        lengths.setdefault(size(row), set()).add(row.shape.T)
+    most = max(lengths, key=lambda x: (len(lengths[x]), x), default=None)
+    return [row for row in rows if size(row) == most]
+
+
+def _roofline(rows: list[Row], machine: dict[str, Any]) -> Any:
+    """FLOP per second over FLOP per byte, of ours, under what the machine reaches."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    rows = [row for row in rows if row.case == "operator" and row.provider == OURS and row.flop]
+    if not rows or not machine.get("copy_bytes"):
+        return None
+    figure = Figure(figsize=(6, 4.2), layout=ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95)))
+    axis = figure.subplots()
+    peak, copy = machine["matmul_flops"], machine["copy_bytes"]
+    knee = peak / copy
+    ends = [knee / 64, knee, knee * 16]
+    axis.plot(
+        ends, [copy * ends[0], peak, peak], color="0.3", label="copies and products, measured"
+    )
+    for row in rows:
+        intensity = (row.flop or 0) / forward_bytes(row.shape)
+        label = f"{row.shape.B} x {row.shape.H} x {row.shape.D}, T {row.shape.T:,}, "
+        reached = (row.flop or 0) / (row.median_s or 1)
+        axis.plot(intensity, reached, "o", label=f"{label}chunk {row.shape.chunk}")
+    axis.set(xscale="log", yscale="log", xlabel="FLOP per byte, counted", ylabel="FLOP/s")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=6)
+    figure.suptitle("The operator, forward")
     return figure
 
 

@@ -37,27 +37,36 @@ Builder = Callable[[Inputs, Shape], Task]
 # ------------------------------------------------------------------------------------------ inputs
 
 
-def layer_inputs(shape: Shape, length: int, dtype: torch.dtype) -> Inputs:
+def layer_inputs(shape: Shape, length: int, dtype: torch.dtype, device: str = "cpu") -> Inputs:
     """The first `length` tokens of white noise [B, T, dim]."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape.B, shape.T, shape.dim, generator=generator, dtype=torch.float64)
+    generator = torch.Generator(device).manual_seed(0)
+    drawn = {"generator": generator, "dtype": torch.float64, "device": device}
+    x = torch.randn(shape.B, shape.T, shape.dim, **drawn)
     return {"x": x[:, :length].to(dtype).requires_grad_()}
 
 
-def operator_inputs(shape: Shape, length: int, dtype: torch.dtype) -> Inputs:
-    """The first `length` tokens of unit q, k, v and of gates small enough for a stable memory."""
-    generator = torch.Generator().manual_seed(0)
+def operator_inputs(shape: Shape, length: int, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    """The first `length` tokens of unit q, k, v and of gates small enough for a stable memory.
+
+    Only q, k and v are shorter than float32.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    drawn = {"generator": generator, "dtype": torch.float64, "device": device}
     B, T, H, D = shape.B, shape.T, shape.H, shape.D
 
-    def leaf(x: Tensor) -> Tensor:
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def leaf(x: Tensor, dtype: torch.dtype = wide) -> Tensor:
         return x.to(dtype).contiguous().requires_grad_()
 
     def randn(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64)
+        return torch.randn(size, **drawn)
 
-    inputs: Inputs = {n: leaf(F.normalize(randn(B, T, H, D), dim=-1)[:, :length]) for n in "qkv"}
+    inputs: Inputs = {
+        name: leaf(F.normalize(randn(B, T, H, D), dim=-1)[:, :length], dtype) for name in "qkv"
+    }
     for name, largest in (("theta", 0.02), ("alpha", 0.004), ("eta", 0.9)):
-        gate = largest * torch.rand(B, T, H, generator=generator, dtype=torch.float64)
+        gate = largest * torch.rand(B, T, H, **drawn)
         inputs[name] = leaf(gate[:, :length])
     widths = (D, shape.hidden, D)
     inputs["weights"] = tuple(leaf(randn(H, i, o) / i**0.5) for i, o in pairwise(widths))
@@ -65,7 +74,7 @@ def operator_inputs(shape: Shape, length: int, dtype: torch.dtype) -> Inputs:
     return inputs
 
 
-def _leaves(inputs: Inputs) -> list[Tensor]:
+def leaves_of(inputs: Inputs) -> list[Tensor]:
     flat: list[Tensor] = []
     for value in inputs.values():
         flat += value if isinstance(value, tuple) else [value]
@@ -75,27 +84,27 @@ def _leaves(inputs: Inputs) -> list[Tensor]:
 # ------------------------------------------------------------------------------------------- ours
 
 
-def our_operator(inputs: Inputs, shape: Shape) -> Task:
+def our_operator(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
     def call() -> Tensor:
-        return neural_memory(**inputs, chunk_size=shape.chunk, backend="torch")[0]
+        return neural_memory(**inputs, chunk_size=shape.chunk, backend=backend)[0]
 
-    return Task(call, _leaves(inputs))
+    return Task(call, leaves_of(inputs))
 
 
-def our_layer(inputs: Inputs, shape: Shape) -> Task:
-    x, layer = inputs["x"], _our_layer(inputs, shape)
+def our_layer(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
+    x, layer = inputs["x"], _our_layer(inputs, shape, backend)
     return Task(lambda: layer(x)[0], [x, *layer.parameters()])
 
 
-def our_step(inputs: Inputs, shape: Shape) -> Task:
+def our_step(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
     """The last token, after all others."""
-    x, layer = inputs["x"], _our_layer(inputs, shape)
+    x, layer = inputs["x"], _our_layer(inputs, shape, backend)
     with torch.no_grad():
         _, state = layer(x[:, :-1])
     return Task(lambda: layer.step(x[:, -1], state)[0], [])
 
 
-def _our_layer(inputs: Inputs, shape: Shape) -> NeuralMemory:
+def _our_layer(inputs: Inputs, shape: Shape, backend: str = "torch") -> NeuralMemory:
     def build() -> NeuralMemory:
         return NeuralMemory(
             shape.dim,
@@ -103,7 +112,7 @@ def _our_layer(inputs: Inputs, shape: Shape) -> NeuralMemory:
             dim_head=shape.D,
             expansion=shape.expansion,
             chunk_size=shape.chunk,
-            backend="torch",
+            backend=backend,
         )
 
     return _seeded(build).to(inputs["x"])
@@ -123,7 +132,7 @@ def defined_operator(inputs: Inputs, shape: Shape) -> Task:
     def call() -> Tensor:
         return reference.neural_memory(**inputs, chunk_size=shape.chunk)[0]
 
-    return Task(call, _leaves(inputs))
+    return Task(call, leaves_of(inputs))
 
 
 def defined_layer(inputs: Inputs, shape: Shape) -> Task:
@@ -184,9 +193,13 @@ def _titans_pytorch(inputs: Inputs, shape: Shape, **chunks: int) -> nn.Module:
     return _seeded(build).to(inputs["x"])
 
 
+def attention_leaves(inputs: Inputs) -> list[Tensor]:
+    return [inputs[name] for name in "qkv"]
+
+
 def attention(inputs: Inputs, shape: Shape) -> Task:
     """Causal softmax attention on the same q, k and v: another model, for scale."""
-    q, k, v = (inputs[name] for name in "qkv")
+    q, k, v = attention_leaves(inputs)
 
     def call() -> Tensor:
         o = F.scaled_dot_product_attention(

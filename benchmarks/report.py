@@ -15,6 +15,7 @@ from .shapes import Shape
 
 COLUMNS = (
     "case",
+    "B x H x D",
     "T",
     "chunk",
     "mode",
@@ -30,8 +31,8 @@ COLUMNS = (
     "x time",
     "x memory",
 )
-WIDTHS = (11, 5, 5, 16, 20, 9, 9, 9, 5, 9, 7, 10, 8, 6, 8)
-LEFT = (True, False, False, True, True, *[False] * 10)
+WIDTHS = (14, 11, 5, 5, 16, 20, 9, 9, 9, 5, 9, 7, 10, 8, 6, 8)
+LEFT = (True, False, False, False, True, True, *[False] * 10)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Report:
     command: str
     rows: list[Row] = field(default_factory=list)
     breakdowns: list[Breakdown] = field(default_factory=list)
+    appendix: list[str] = field(default_factory=list)  # lines of Markdown
 
     def record(self) -> dict[str, Any]:
         return {
@@ -69,7 +71,7 @@ def header() -> str:
 def line(row: Row) -> str:
     """A row, aligned under the header."""
     if row.problem:
-        return f"{_aligned(_cells(row)[:5])}  {row.problem}"
+        return f"{_aligned(_cells(row)[:6])}  {row.problem}"
     return _aligned(_cells(row))
 
 
@@ -96,6 +98,7 @@ def write(report: Report, cases: tuple[Case, ...], folder: Path, name: str) -> l
 
 
 def markdown(report: Report, cases: tuple[Case, ...]) -> str:
+    dtypes = ", ".join(dict.fromkeys(row.dtype for row in report.rows))
     lines = [
         f"# {report.machine.device}, {report.machine.date}",
         "",
@@ -105,7 +108,7 @@ def markdown(report: Report, cases: tuple[Case, ...]) -> str:
         "",
         f"Ceiling, measured in the same run: {report.machine.ceiling()}.",
         "",
-        "Float32, batch 1. A time is the median of calls that providers took in turns; p20 and p80 "
+        f"In {dtypes}. A time is the median of calls that providers took in turns; p20 and p80 "
         f"are percentiles. x time and x memory: how many times that of {OURS}, paired in one run. "
         "Peak memory: growth of a process of its own over what it held when the call began, "
         "parameters and inputs. GFLOP/s: matrix products that are done, those done again in the "
@@ -121,13 +124,13 @@ def markdown(report: Report, cases: tuple[Case, ...]) -> str:
     for breakdown in report.breakdowns:
         ceiling = report.machine.matmul_flops
         lines += ["", *(f"    {x}" for x in breakdown_lines(breakdown, ceiling))]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *report.appendix]) + "\n"
 
 
 def _markdown_row(row: Row) -> str:
     cells = _cells(row)[1:]
     if row.problem:
-        cells = [*cells[:4], row.problem, *[""] * (len(cells) - 5)]
+        cells = [*cells[:5], row.problem, *[""] * (len(cells) - 6)]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -143,6 +146,7 @@ def _cells(row: Row) -> list[str]:
     rate = row.flop / row.median_s if row.flop and row.median_s else None
     return [
         row.case,
+        f"{row.shape.B} x {row.shape.H} x {row.shape.D}",
         str(row.shape.T),
         str(row.shape.chunk),
         row.mode,

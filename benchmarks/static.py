@@ -1,28 +1,15 @@
 """What the shipped kernels cost in machine code, without a GPU: `python -m benchmarks.static`
 
 Compiles every kernel for every target with the tile that ships, in bfloat16, chunks of 16, hidden
-4 D, and prints registers, bytes of stack and of shared memory, instructions and how many of them
-are products on tensor cores, and what a token of a head costs. `--check` judges all of it by limits
-and by the ceilings recorded for the installed Triton, `--record` records them. Any other case:
+4 D; scan, which holds a chunk, for chunks of 64 too. Prints registers, bytes of stack and of shared
+memory, instructions and how many of them are products on tensor cores, and what a token of a head
+costs. `--check` judges all of it by limits and by the ceilings recorded for the installed Triton,
+`--record` records them. Any other case:
 
     python -m benchmarks.offline benchmarks.static:launch --arch sm_90 \\
         --case '{"head_dim": 64, "arch": "sm_90", "dtype": "float32", "depth": 1, "chunk": 64}'
 
-FLOP and bytes are those of the passes as they are written, for matrices D by hidden, N tokens to a
-block and chunks of C:
-
-    scan          20 D hidden + 6 N (D + hidden) FLOP: 12 of the 20 for keys, 8 for the update
-                  k, v, D_2: 6 D; X, D_1: 4 hidden; G's rows at chunks and at the end: 4 N / C + 8;
-                  W and S read and written in float32, passed on in bfloat16: 40 D hidden / N
-    retrieve      8 D hidden + 4 N (D + hidden) FLOP
-                  q, k, D_2, o: 8 D; X, D_1: 4 hidden; G, a, c: 4 N + 8; W and S: 8 D hidden / N
-    recall        4 D hidden FLOP
-                  q, o: 4 D; W, once for T = 2,048 tokens: 4 D hidden / T
-    coefficients  gates: 6; G, a, c and the row at the end: 4 N + 16
-
-The bytes have to pass between the pass and the GPU's memory: a tensor once a block, nothing for
-what caches can give again. The floor is the slower of the two on an H200, at rates measured on one:
-790 TFLOP/s for products in bfloat16, 4.3 TB/s for copies.
+FLOP, bytes and the floor, the slower of the two on an H200, are those of model.py.
 """
 
 from __future__ import annotations
@@ -31,59 +18,66 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from math import nan
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import triton
 
-from titans_kernels.chunked import Options
 from titans_kernels.kernels import operator
-from titans_kernels.kernels.tiles import tile
+from titans_kernels.kernels.tiles import tile, using
+from titans_kernels.packing import Options, Reading, pack
 
+from . import model
 from .machine_code import ARCHITECTURES, Report
+from .model import Cost
 from .offline import compiling
 
 KERNELS = ("coefficients", "scan", "retrieve", "recall")
+BACKWARD = {  # what a backward pass launches: forward's, which then keep more, and its own
+    *(f"{name}_kernel" for name in KERNELS[:3]),
+    *(f"{name}_backward_kernel" for name in ("retrieve", "scan", "inputs", "coefficients")),
+}
 HEAD_DIMS = (64, 128, 256)
-T, CHUNK, H = 2048, 16, 16
-H200_FLOPS, H200_BYTES = 790e12, 4.3e12  # a second
+T, H = 2048, 16
+CHUNK, LONG_CHUNK = 16, 64
 
 PRODUCTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+SMALL_SHARED_MEMORY = 99 * 1024  # bytes on sm_86, sm_89 and sm_120, which sm_80's tiles serve too
+ROWS = {"sm_90": 64, "sm_100": 64}  # fewer, as in blocks of 32, take the tensor cores of sm_80
+BACKWARD_STACK = 512  # bytes
 CEILINGS = Path(__file__).parents[1] / "tests" / "static_ceilings.json"
 
 
-class Cost(NamedTuple):
-    """Of a token and head."""
-
-    flop: float
-    bytes: float
-
-    @property
-    def floor(self) -> float:
-        """Nanoseconds on an H200."""
-        return 1e9 * max(self.flop / H200_FLOPS, self.bytes / H200_BYTES)
-
-
 def launch(
-    head_dim: int, arch: str, dtype: str = "bfloat16", depth: int = 2, chunk: int = CHUNK
+    head_dim: int,
+    arch: str,
+    dtype: str = "bfloat16",
+    depth: int = 2,
+    chunk: int = CHUNK,
+    backward: bool = False,
 ) -> None:
-    """Launch every kernel once, as the operators do."""
+    """Launch every kernel of forward, or of backward, as the operators do."""
     D, hidden = head_dim, 4 * head_dim if depth == 2 else head_dim
     q = torch.empty(1, T, H, D, dtype=getattr(torch, dtype), device="meta")
     gates = (q.new_empty(1, T, H),) * 3
     weights = (q.new_empty(H, D, hidden), q.new_empty(H, hidden, D))[:depth]
     norm, options = (q.new_empty(H, D),) * 2, Options("gelu_tanh", True)
-    use = tile(D, hidden, q.dtype, arch)
-    operator.neural_memory(
-        q, q, q, gates, weights, norm, options, chunk, None, False, None, use=use
-    )
-    batch = tuple(w[None] for w in weights)
-    operator.retrieve(q, batch, norm, options, None, use=use)
+    packed, longest = pack(q, q, q, gates, weights, norm, None, None)
+    with using(tile(D, hidden, q.dtype, arch, chunk)):
+        if backward:
+            states = [*packed.weights, *packed.momentum]
+            kept = [states[0].new_empty(x) for x in operator.kept_shapes(packed, chunk)]
+            operator.backward(packed, options, chunk, longest, kept, packed.q, states)
+            return
+        operator.forward(packed, options, chunk, longest, [])
+        reading = Reading(packed.q, packed.weights, packed.norm, packed.cu)
+        operator.retrieve(reading, options, longest)
 
 
 def name(report: Report) -> str:
-    return report.kernel.removesuffix("_kernel")
+    keeps = "+" if report.constants.get("KEEP") == "True" else ""
+    return report.kernel.removesuffix("_kernel") + keeps
 
 
 def head_dim(report: Report) -> int:
@@ -91,28 +85,22 @@ def head_dim(report: Report) -> int:
     return int(report.constants.get("D", 0))
 
 
+def chunk_size(report: Report) -> int:
+    return int(report.constants.get("CHUNK", CHUNK))
+
+
 def key(report: Report) -> str:
-    size = [f"D {head_dim(report)}"] if head_dim(report) else []
-    return ", ".join([name(report), *size, report.arch])
+    sizes = [f"D {head_dim(report)}"] if head_dim(report) else []
+    sizes += [f"chunk {chunk_size(report)}"] if chunk_size(report) != CHUNK else []
+    return ", ".join([name(report), *sizes, report.arch])
 
 
 def cost(report: Report) -> Cost:
-    """The formulas above."""
-    D, N = head_dim(report), int(report.constants["BT"])
-    hidden = 4 * D
-    if name(report) == "scan":
-        return Cost(
-            20 * D * hidden + 6 * N * (D + hidden),
-            6 * D + 4 * hidden + 4 * N / CHUNK + 8 + 40 * D * hidden / N,
-        )
-    if name(report) == "retrieve":
-        return Cost(
-            8 * D * hidden + 4 * N * (D + hidden),
-            8 * D + 4 * hidden + 4 * N + 8 + 8 * D * hidden / N,
-        )
-    if name(report) == "recall":
-        return Cost(4 * D * hidden, 4 * D + 4 * D * hidden / T)
-    return Cost(0, 6 + 4 * N + 16)
+    """Of chunks and hidden widths as in `launch`; of backward's, nothing is written down."""
+    if name(report) not in KERNELS:
+        return Cost(nan, nan)
+    D, block = head_dim(report), int(report.constants["BT"])
+    return model.cost(name(report), D, 4 * D, block, chunk_size(report), T)
 
 
 def fewest_products(report: Report) -> int:
@@ -121,7 +109,7 @@ def fewest_products(report: Report) -> int:
     One instruction sums over 16 elements at most, on every target: listed is what the products sum
     over, all together.
     """
-    if name(report) == "coefficients":
+    if name(report) not in KERNELS[1:]:
         return 0
     BD, BT, BH = (int(report.constants[size]) for size in ("BD", "BT", "BH"))
     summed = {
@@ -152,15 +140,31 @@ def version() -> str:
     return ".".join(triton.__version__.split(".")[:2])
 
 
+def most_stack(report: Report) -> int:
+    """Bytes a thread may spill: none where kernels are meant to be fast.
+
+    Chunks of 64 at D 128 do, 24 bytes, with Triton 3.9 and not with 3.6.
+    """
+    if name(report) not in KERNELS:
+        return BACKWARD_STACK
+    strict = report.arch in ("sm_90", "sm_100") and head_dim(report) <= 128
+    if strict and chunk_size(report) == CHUNK:
+        return 0
+    return 32 if strict else 256
+
+
 def problems(reports: Iterable[Report], ceilings: dict[str, dict[str, int]]) -> list[str]:
     """What is worse than it may be, of the limits that hold for all and of recorded ceilings."""
     found = []
     for report in reports:
-        strict = report.arch in ("sm_90", "sm_100") and head_dim(report) <= 128
-        found += report.faults(stack=0 if strict else 256)
         where = key(report)
+        found += report.faults(stack=most_stack(report))
+        if report.arch == "sm_80" and report.shared > SMALL_SHARED_MEMORY:
+            found.append(f"{where}: {report.shared:,} bytes of shared memory; sm_86 has fewer")
+        if ceilings and where not in ceilings:
+            found.append(f"{where}: no ceilings are recorded")
         other = [op for op in report.tensor_core if not op.startswith(PRODUCTS[report.arch])]
-        if other:
+        if other and int(report.constants.get("BT", 64)) >= ROWS.get(report.arch, 0):
             found.append(f"{where}: {', '.join(other)} instead of {PRODUCTS[report.arch]}")
         if report.products < fewest_products(report):
             found.append(f"{where}: {report.products} products, {fewest_products(report)} needed")
@@ -188,10 +192,10 @@ def record(reports: Iterable[Report]) -> None:
 
 
 COLUMNS = (
-    *("kernel", "D", "target", "block", "slice", "queries", "warps", "stages"),
+    *("kernel", "D", "chunk", "target", "block", "slice", "queries", "warps", "stages"),
     *("regs", "stack", "shared", "products", "instr", "FLOP", "bytes", "floor ns"),
 )
-WIDTHS = (-12, 5, 8, 7, 7, 9, 7, 8, 6, 7, 9, 10, 8, 12, 10, 10)  # negative: to the left
+WIDTHS = (-22, 5, 7, 8, 7, 7, 9, 7, 8, 6, 7, 9, 10, 8, 12, 10, 10)  # negative: to the left
 
 
 def line(report: Report) -> str:
@@ -199,7 +203,7 @@ def line(report: Report) -> str:
     sizes = [report.constants.get(size, "") for size in ("BT", "BH", "BQ")]
     costs = cost(report)
     cells = (
-        *(name(report), head_dim(report) or "all", report.arch, *sizes),
+        *(name(report), head_dim(report) or "all", chunk_size(report), report.arch, *sizes),
         *(report.num_warps, report.num_stages, report.registers, report.stack, report.shared),
         *(report.products, report.instructions, f"{costs.flop:,.0f}", f"{costs.bytes:,.0f}"),
         f"{costs.floor:.2f}" if report.arch == "sm_90" else "",
@@ -212,14 +216,20 @@ def row(cells: Iterable[object]) -> str:
     return "".join(f"{cell!s:<{-w}}" if w < 0 else f"{cell!s:>{w}}" for cell, w in cells)
 
 
-def compiled(architectures: Iterable[str], head_dims: Iterable[int]) -> Iterable[list[Report]]:
+def compiled(
+    architectures: Iterable[str], head_dims: Iterable[int], backward: bool = False
+) -> Iterable[list[Report]]:
     """Reports of a launch at a time; coefficients are the same for every head dimension."""
     for arch in architectures:
         seen: set[str] = set()
         for size in head_dims:
-            with compiling(arch) as reports:
-                launch(size, arch)
-            new = [report for report in reports if key(report) not in seen]
+            with compiling(arch, BACKWARD if backward else None) as reports:
+                launch(size, arch, backward=backward)
+            wide: list[Report] = []
+            if not backward:
+                with compiling(arch, {"scan_kernel"}) as wide:
+                    launch(size, arch, chunk=LONG_CHUNK)
+            new = [report for report in (*reports, *wide) if key(report) not in seen]
             seen |= {key(report) for report in new}
             yield new
 
@@ -230,6 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--head-dim", nargs="+", type=int, default=HEAD_DIMS)
+    parser.add_argument("--backward", action="store_true", help="backward's kernels, not forward's")
     parser.add_argument("--check", action="store_true", help="judge; the exit code says how")
     parser.add_argument("--record", action="store_true", help="make this the ceilings")
     options = parser.parse_args(argv)
@@ -237,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Triton {triton.__version__}; FLOP, bytes and floor of a token and head")
     print(row(COLUMNS), flush=True)
     reports = []
-    for batch in compiled(options.arch, options.head_dim):
+    for batch in compiled(options.arch, options.head_dim, options.backward):
         print(*map(line, batch), sep="\n", flush=True)
         reports += batch
     if options.record:

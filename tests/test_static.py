@@ -2,29 +2,57 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import offline, static
-from titans_kernels.kernels.tiles import ARCHITECTURES, Schedule, Tile, tile
+from titans_kernels.kernels.tiles import ARCHITECTURES, Schedule, Tile, tile, using
 
-LAUNCH = "benchmarks.static:launch"
+ROOT = Path(__file__).parents[1]
+# Where `make test` puts another Triton. First on the path, it takes the installed one's place.
+SECOND = os.environ.get("SECOND_TRITON", f"{sys.prefix}/triton-3.6.0")
 
 
-# A subprocess each, so that two workers compile at a time.
+FORWARD = {arch: ("64", "128", "256") for arch in ARCHITECTURES}
+# The second version compiles fewer sizes, and of backward's kernels, which take longest, few are.
+CHECKS = {
+    **{f"{arch}": ("", arch, *sizes) for arch, sizes in FORWARD.items()},
+    **{f"second, {arch}": (SECOND, arch, *sizes[:2]) for arch, sizes in FORWARD.items()},
+    "backward, sm_90": ("", "sm_90", "64", "128", "--backward"),
+    "backward, sm_100": ("", "sm_100", "64", "--backward"),
+    "backward, second, sm_90": (SECOND, "sm_90", "64", "--backward"),
+}
+
+
+# A process each: they do not interpret, some have another Triton, and two workers share them.
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_shipped_kernels(arch, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    cases = [{"head_dim": D, "arch": arch} for D in static.HEAD_DIMS]
-    reports = offline.collect(LAUNCH, [arch], cases)
-    assert [static.name(r) for r in reports] == [*static.KERNELS] * len(cases)
-    ceilings = static.recorded().get(static.version(), {})
-    assert not ceilings or {static.key(r) for r in reports} <= ceilings.keys()
-    assert static.problems(reports, ceilings) == []
-    if arch == "sm_80":  # its tiles serve GPUs with less shared memory, too
-        assert max(r.shared for r in reports) <= 99 * 1024
+@pytest.mark.parametrize(
+    "path, arch, sizes", [(p, a, s) for p, a, *s in CHECKS.values()], ids=CHECKS
+)
+def test_shipped_kernels(path, arch, sizes, tmp_path):
+    if path and not Path(path, "triton").is_dir():
+        pytest.skip(f"no {path}; `make test` installs it")
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path)} | ({"PYTHONPATH": path} if path else {})
+    command = [sys.executable, "-m", "benchmarks.static", "--check", "--arch", arch]
+    command += ["--head-dim", *sizes]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels = static.KERNELS if "--backward" not in sizes else ("scan_backward", "inputs_backward")
+    assert all(f"\n{kernel} " in done.stdout for kernel in kernels)
+    assert done.stdout.startswith("Triton 3.6") or not path
+
+
+def test_ceilings_are_recorded():
+    """Of the versions that are compiled with in tests, every forward kernel's."""
+    wanted = {f"scan, D {D}, {arch}" for arch, sizes in FORWARD.items() for D in sizes}
+    for version in ("3.6", "3.9"):
+        assert wanted <= static.recorded()[version].keys()
 
 
 # -------------------------------------------------------------------------------- the check itself
@@ -58,7 +86,11 @@ def _report(**changes):
         ({"registers": 216}, None),
         ({"registers": 217}, "224 registers, recorded 216"),
         ({"stack": 8}, "8 bytes of stack, at most 0"),
-        ({"stack": 8, "constants": {"D": "256", "BD": "64", "BT": "64", "BH": "64"}}, None),
+        ({"constants": {"D": "256", "BD": "64", "BT": "64", "BH": "64"}}, None),
+        (
+            {"stack": 257, "constants": {"D": "256", "BD": "64", "BT": "64", "BH": "64"}},
+            "at most 256",
+        ),
         ({"stack": 264, "arch": "sm_80", "tensor_core": {"HMMA": 256}}, "at most 256"),
         ({"shared": 126_977}, "126,977 bytes of shared memory, recorded 126,976"),
         ({"shared": 232_449}, "232,449 bytes of shared memory, at most 232,448"),
@@ -66,10 +98,15 @@ def _report(**changes):
         ({"tensor_core": {"HGMMA": 31}}, "31 products, 32 needed"),
         ({"tensor_core": {"HGMMA": 32, "HMMA": 16}}, "HMMA instead of HGMMA"),
         ({"loads": {2: 1, 4: 4, 8: 20, 16: 39}}, "25 narrow loads, recorded 24"),
+        ({"arch": "gfx942"}, "no ceilings are recorded"),
+        ({"shared": 101_377, "arch": "sm_80"}, "sm_86 has fewer"),
     ],
 )
 def test_check(changes, problem):
-    ceilings = {static.key(_report()): static.measured(_report())}
+    ceilings = {
+        static.key(_report(constants=_report().constants | {"D": D})): static.measured(_report())
+        for D in ("64", "256")
+    }
     found = static.problems([_report(**changes)], ceilings)
     assert not found if problem is None else any(problem in line for line in found), found
 
@@ -91,7 +128,15 @@ def test_record_keeps_other_versions_and_kernels(tmp_path, monkeypatch):
 def test_every_size_has_a_tile(arch, dtype):
     for D in range(16, 257, 16):
         assert tile(D, 4 * D, dtype, arch).slice <= 64
+    assert tile(D, 4 * D, dtype, arch, 10**12).slice <= 64
     assert tile(64, 16, dtype, arch).slice == (64 if arch == "cpu" else 16)
+
+
+def test_a_tile_may_be_forced():
+    other = Tile(16, 16)
+    with using(other):
+        assert tile(64, 256, torch.bfloat16, "sm_90") is other
+    assert tile(64, 256, torch.bfloat16, "sm_90") != other
 
 
 def test_tile_that_does_not_fit_is_refused():

@@ -1,0 +1,69 @@
+"""What is timed on a GPU, and beside whom: the cases of the CPU, on the kernels, and more peers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from .. import peers, providers
+from ..cases import CASES, OURS, TINY, Case
+from ..model import forward_flop
+from ..providers import Builder
+from ..shapes import FORWARD, Shape, attention_flop
+
+TORCH = "PyTorch backend"
+BOUNDS = {"operator": 2e-2, "compiled": 2e-2, "layer": 5e-2, "decode": 5e-2}
+SHAPES = {
+    "operator": (
+        *(Shape(T, 16, B, 16) for B in (1, 8) for T in (2048, 8192, 32768)),
+        *(Shape(8192, chunk, 8, 16, D) for D, chunk in ((64, 64), (128, 16), (128, 64), (256, 16))),
+    ),
+    "compiled": (Shape(8192, 16, 8, 16),),
+    "layer": (Shape(2048, 16, 8, 16), Shape(8192, 16, 4, 16)),
+    "decode": (Shape(1032, 16, 1, 16), Shape(1032, 16, 64, 16)),
+}
+
+
+def cases(rehearse: bool = False) -> tuple[Case, ...]:
+    """The CPU's cases with a name in SHAPES, in bfloat16 on the GPU; or as they are, tiny."""
+    cpu = {case.name: case for case in CASES}
+    operator, layer, decode = cpu["operator"], cpu["layer"], cpu["decode"]
+    flop = {OURS: forward_flop, "SDPA causal": attention_flop}
+    # The reference would take hours at these sizes. The tests hold our own backend to it.
+    build = providers.our_operator
+    ours = {"definition": build, "flop": flop}
+    compiled = {"PyTorch backend, compiled": peers.compiled_operator}
+    about = "The same beside our own backend, compiled: a minute a shape, so one has to do."
+    found = (
+        _ours(operator, build, _peers(operator) | peers.OPERATORS, **ours),
+        _ours(operator, build, compiled, name="compiled", about=about, **ours),
+        _ours(layer, providers.our_layer, _peers(layer), flop={}),
+        _ours(decode, providers.our_step, _peers(decode)),
+    )
+    if rehearse:
+        tiny = {"shapes": (replace(TINY, T=24, H=1),), "modes": (FORWARD,)}
+        return tuple(replace(case, **tiny) for case in found if case.name != "compiled")
+    return tuple(
+        replace(
+            case,
+            inputs=partial(case.inputs, device="cuda"),
+            shapes=SHAPES[case.name],
+            device="cuda",
+            dtype=torch.bfloat16,
+            bound=BOUNDS[case.name],
+        )
+        for case in found
+    )
+
+
+def _peers(case: Case) -> dict[str, Builder]:
+    return {name: build for name, build in case.providers.items() if name != OURS}
+
+
+def _ours(case: Case, build: Builder, others: dict[str, Builder], **changes: Any) -> Case:
+    """On the kernels, first beside our other backend."""
+    kernels = partial(build, backend="triton")
+    return replace(case, providers={OURS: kernels, TORCH: build, **others}, **changes)

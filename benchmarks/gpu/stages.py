@@ -1,0 +1,205 @@
+"""The stages, each a generator of steps. A later step may depend on what an earlier one found."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+
+from titans_kernels.kernels.tiles import Tile
+
+from .. import tune
+from ..checking import Setting, bound, error
+from ..harness import QUICK, Effort, measure
+from ..journal import Row
+from ..machine import describe
+from ..shapes import Shape
+from .kit import Kit, Stage, Step, Steps, program, python
+from .matrix import cases
+
+# ------------------------------------------------------------------------------------------- tests
+
+WORDS = 6000  # characters of what a program said last
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+
+
+def tests(kit: Kit) -> Steps:
+    """The tests' own bounds judge; then every shipped tile by itself, in memory nobody wrote."""
+    chosen = ["tests/test_kernels_precision.py", "-k", "reading_by_the_yardstick and bf16"]
+    suites = {"kernels": ["tests", "-m", "gpu"], "precision": [chosen[0]]}
+    for name, arguments in ({"precision": chosen} if kit.rehearse else suites).items():
+        # Workers share the GPU: most of the time goes into compiling.
+        workers = () if kit.rehearse or find_spec("xdist") is None else ("-n", "6")
+        command = python(*PYTEST, *workers, *arguments)
+        yield Step(name, partial(_run, kit, command), 5 if kit.rehearse else 60)
+    for setting, tile in _tiles(kit):
+        name = f"{setting.dtype}, D {setting.shape.D}, chunk {setting.shape.chunk}"
+        name += f", depth {setting.depth}" + (", gradients" if setting.backward else "")
+        yield Step(name, partial(_check, setting, tile))
+
+
+def _tiles(kit: Kit) -> Iterator[tuple[Setting, Tile | None]]:
+    if kit.rehearse:
+        for D, tile in ((16, Tile(16, 16)), (32, Tile(32, 16, 16))):
+            yield Setting(Shape(20, 16, 1, 1, D, 2), kit.dtype, kit.device, backward=D == 16), tile
+        return
+    sizes = product(("bfloat16", "float16", "float32"), (16, 48, 64, 128, 256), (16, 64, 100))
+    for dtype, D, chunk in sizes:
+        for depth in (2, 1) if chunk == 16 else (2,):
+            yield Setting(Shape(300, chunk, 2, 2, D), dtype, kit.device, depth), None
+            yield Setting(Shape(300, chunk, 2, 2, D), dtype, kit.device, depth, True), None
+
+
+def _run(kit: Kit, command: list[str | Path], **environment: str) -> Row:
+    row = program(kit, command, **environment)
+    return row | {"tail": row["tail"][-WORDS:]} if "tail" in row else row
+
+
+def _check(setting: Setting, tile: Tile | None) -> Row:
+    found = error(setting, tile)
+    row: Row = {"error": found, "bound": bound(setting)}
+    return row if found <= row["bound"] else row | {"problem": "wrong"}
+
+
+def verify(kit: Kit) -> Steps:
+    command = python("-m", "titans_kernels.verify", "--device", kit.device)
+    command += ["--env"] if kit.rehearse else []
+    yield Step("verify", partial(_run, kit, command), 2 if kit.rehearse else 45)
+
+
+# ------------------------------------------------------------------------------------------- speed
+
+
+def bench(kit: Kit) -> Steps:
+    def machine() -> Row:
+        found = asdict(describe(1, 64 if kit.rehearse else 8192, kit.device))
+        return {"machine": found | ({"commit": kit.commit} if kit.commit else {})}
+
+    yield Step("machine", machine, 5 if kit.rehearse else 20)
+    row = kit.journal.get("bench", "machine")
+    if row is None or "machine" not in row:
+        return
+    ceiling = row["machine"]["matmul_flops"]
+    effort = replace(QUICK, memory=False) if kit.rehearse else Effort(5, 10.0, 0.3)
+    for case in cases(kit.rehearse):
+        for shape, mode in product(case.shapes, case.modes):
+            name = f"{case.name}, {mode}, {shape.B} x {shape.H} x {shape.D}, T {shape.T}"
+            name += f", chunk {shape.chunk}"
+
+            def timed(case=case, shape=shape, mode=mode) -> Row:
+                rows = list(measure(case, shape, mode, ceiling, effort))
+                found: Row = {"rows": [row.record() for row in rows]}
+                ours = rows[0]
+                return found | ({"problem": ours.problem} if ours.problem else {"s": ours.median_s})
+
+            yield Step(name, timed, 5 if kit.rehearse else 40)
+
+
+def tiles(kit: Kit) -> Steps:
+    """One step a tile; the next one depends on what was found."""
+    settings = [
+        Setting(Shape(4096, chunk, 8, 16, D), kit.dtype, kit.device)
+        for D, chunk in ((64, 16), (128, 16), (64, 64), (128, 64), (256, 16))
+    ]
+    if kit.rehearse:
+        settings = [Setting(Shape(20, 16, 1, 1, 16), kit.dtype, kit.device)]
+    for setting, backward in product(settings, (False,) if kit.rehearse else (False, True)):
+        setting = replace(setting, backward=backward)
+        fields = tune.BACKWARD if backward else tune.FIELDS
+        if kit.rehearse:
+            fields = {"block": (16,)}
+        for name, tile in tune.walk(setting, kit.journal, fields):
+            yield Step(name, partial(tune.measure, setting, tile), 5 if kit.rehearse else 25)
+
+
+# ------------------------------------------------------------------------------------------- tools
+
+KERNELS = "regex:^(coefficients|scan|retrieve|recall|inputs).*_kernel$"
+METRICS = {
+    "gpu__time_duration.sum": "ns",
+    "launch__registers_per_thread": "registers",
+    "launch__occupancy_limit_registers": "programs by registers",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "% warps active",
+    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active": "% tensor pipe",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "% SM",
+    "l1tex__throughput.avg.pct_of_peak_sustained_active": "% L1",
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed": "% L2",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "% DRAM",
+    "dram__bytes.sum": "DRAM bytes",
+}
+
+
+def ncu(kit: Kit) -> Steps:
+    """Counters of every kernel; the clocks are left as they are."""
+    if shutil.which("ncu") is None:
+        yield _missing("ncu")
+        return
+    for D, B, mode in (
+        (64, 8, "forward"),
+        (64, 1, "forward"),
+        (128, 8, "forward"),
+        (64, 8, "both"),
+    ):
+        sizes = ["--head-dim", D, "--batch", B, "--mode", mode, "--device", kit.device]
+        command = ["ncu", "--clock-control", "none", "--csv", "--page", "raw", "--print-units"]
+        command += ["base", "--metrics", ",".join(METRICS), "--kernel-name", KERNELS]
+        command += [
+            "--launch-count",
+            "24",
+            *python("-m", "benchmarks.gpu.launch", *map(str, sizes)),
+        ]
+        yield Step(f"D {D}, batch {B}, {mode}", partial(_profile, kit, command), 60)
+
+
+def _profile(kit: Kit, command: list[str]) -> Row:
+    row = program(kit, command)
+    text = row.get("tail", "")
+    return row | {"tail": text[-WORDS:], "kernels": counters(text)} if text else row
+
+
+def counters(text: str) -> list[Row]:
+    """Rows of ncu's CSV, of every launch its name and the METRICS by their short names."""
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    rows = [row for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))) if row["ID"]]
+    return [
+        {"kernel": row["Kernel Name"].split("(")[0]}
+        | {short: row[name] for name, short in METRICS.items() if row.get(name)}
+        for row in rows
+    ]
+
+
+def _missing(tool: str) -> Step:
+    return Step(tool, lambda: {"problem": f"{tool} is not here"})
+
+
+def sanitizer(kit: Kit) -> Steps:
+    """Without PyTorch's cache, every tensor has bounds of its own."""
+    if shutil.which("compute-sanitizer") is None:
+        yield _missing("compute-sanitizer")
+        return
+    for tool, (chunk, mode) in product(
+        ("memcheck", "racecheck", "synccheck", "initcheck"),
+        ((16, "forward"), (100, "forward"), (16, "both")),
+    ):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        sizes = ("--small", "--chunk", str(chunk), "--mode", mode, "--device", kit.device)
+        command += map(str, python("-m", "benchmarks.gpu.launch", *sizes))
+        run = partial(_run, kit, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        yield Step(f"{tool}, chunk {chunk}, {mode}", run, 90)
+
+
+STAGES: dict[str, Stage] = {
+    "tests": tests,
+    "verify": verify,
+    "bench": bench,
+    "tune": tiles,
+    "ncu": ncu,
+    "sanitizer": sanitizer,
+}

@@ -1,0 +1,59 @@
+"""Other sequence models on the operator's q, k and v, for scale, and our backend compiled.
+
+They compute something else. Each builder takes what it needs of the inputs; one whose package is
+not installed raises ImportError, which the report shows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans_kernels import neural_memory
+
+from .providers import Builder, Inputs, Task, attention_leaves, leaves_of
+from .shapes import Shape
+
+
+def compiled_operator(inputs: Inputs, shape: Shape) -> Task:
+    """Our PyTorch backend under torch.compile."""
+    run = torch.compile(neural_memory, fullgraph=True, dynamic=False)
+
+    def call() -> Tensor:
+        return run(**inputs, chunk_size=shape.chunk, backend="torch")[0]
+
+    return Task(call, leaves_of(inputs))
+
+
+def gated_delta_rule(inputs: Inputs, shape: Shape) -> Task:
+    """flash-linear-attention's gated DeltaNet: a linear memory, one step a token."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    q, k, v = attention_leaves(inputs)
+    forget = torch.log1p(-inputs["alpha"].detach())
+    rate = inputs["theta"].detach().to(q.dtype)
+
+    def call() -> Tensor:
+        return chunk_gated_delta_rule(q, k, v, forget, rate)[0]
+
+    return Task(call, [q, k, v])
+
+
+def mamba2(inputs: Inputs, shape: Shape) -> Task:
+    """Mamba-2's scan: a diagonal recurrence with a state of D by D a head."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    q, k, v = attention_leaves(inputs)
+    step = inputs["theta"].detach().float()
+    decay = -torch.ones(shape.H, device=q.device)
+
+    def call() -> Tensor:
+        return mamba_chunk_scan_combined(v, step, decay, k, q, chunk_size=256)
+
+    return Task(call, [q, k, v])
+
+
+OPERATORS: dict[str, Builder] = {
+    "fla gated delta rule": gated_delta_rule,
+    "Mamba-2": mamba2,
+}

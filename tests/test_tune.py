@@ -1,0 +1,124 @@
+"""The tuner checks before it times, measures nothing twice, and rewrites one row of the table."""
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks import checking, tune
+from benchmarks.checking import Setting
+from benchmarks.journal import Journal
+from benchmarks.shapes import Shape
+from titans_kernels.kernels import tiles
+from titans_kernels.kernels.tiles import Schedule, Tile
+
+TINY = Setting(Shape(T=20, H=1, D=16), "float32", "cpu")
+FEW = {"block": (16, 32), "queries": (16,)}
+
+
+def _all(journal):
+    """Measure whatever is left; the tiles that were."""
+    seen = []
+    for name, tile in tune.walk(TINY, journal, FEW):
+        seen.append(tile)
+        journal.add("tune", name, tune.measure(TINY, tile))
+    return seen
+
+
+def test_measures_and_goes_on_where_it_stopped(tmp_path):
+    path = tmp_path / "tune.jsonl"
+    seen = _all(Journal(path))
+    assert len(seen) >= 3 and len(set(seen)) == len(seen)
+    rows = Journal(path).stage("tune")
+    assert len(rows) == len(seen)
+    assert all(row["ms"] > 0 and row["error"] < 1e-5 for row in rows.values())
+    [best] = Journal(path).stage("tuned").values()
+    assert best["ms"] == min(row["ms"] for row in rows.values())
+
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]) + lines[2][:20])  # it was stopped while it wrote
+    again = _all(Journal(path))
+    assert again[0] == seen[2] and not set(again) & set(seen[:2])
+
+
+def test_gradients_start_from_what_was_found_without(tmp_path):
+    journal, found = Journal(tmp_path / "tune.jsonl"), Tile(16, 16)
+    journal.add("tuned", "cpu, D 16, chunk 16", {"tile": asdict(found)})
+    setting = replace(TINY, backward=True)
+    name, tile = next(tune.walk(setting, journal, {}))
+    assert tile == found and "gradients" in name
+    assert tune.measure(setting, tile)["error"] < 1e-4
+
+
+def test_takes_the_fastest_of_what_is_right():
+    times = {16: 3.0, 32: None, 64: 2.0, 128: 2.5}  # tokens to a block; None: wrong
+    steps = tune.descend(Tile(64, 64, 16), {"block": (16, 32, 128), "scan": (Schedule(8),)})
+    tile = next(steps)
+    with pytest.raises(StopIteration) as end:
+        while True:
+            took = times[tile.block]
+            tile = steps.send(took and took - 0.1 * (tile.scan.warps == 8))
+    assert end.value.value == (Tile(64, 64, 16, scan=Schedule(8)), 1.9)
+
+
+def test_a_tile_that_does_not_fit_is_written_down():
+    with mock.patch.object(tune, "error", side_effect=RuntimeError("out of resources\nmore")):
+        row = tune.measure(TINY, Tile(16, 16))
+    assert row == {"problem": "RuntimeError: out of resources"}
+
+
+@pytest.mark.parametrize("fault", ["unwritten", "off"])
+def test_what_is_unwritten_or_off_is_wrong(fault):
+    real = checking.results
+
+    def faulty(setting, inputs, backend):
+        found = real(setting, inputs, "torch")
+        if backend == "triton":
+            found[0] = torch.empty_like(found[0]) if fault == "unwritten" else 1.001 * found[0]
+        return found
+
+    with mock.patch.object(checking, "results", faulty):
+        row = tune.measure(TINY, Tile(16, 16))
+    assert row["problem"].startswith("wrong: relative error") and "ms" not in row
+
+
+# ------------------------------------------------------------------------------------- the table
+
+SOURCE = Path(tiles.__file__).read_text()
+
+
+def _table(source):
+    """(head dimension, architecture, chunk) -> repr of the tile, in the rewritten module."""
+    module = ModuleType("rewritten")
+    with mock.patch.dict(sys.modules, rewritten=module):
+        exec(compile(source, "rewritten", "exec"), vars(module))
+    return lambda D, arch, chunk: repr(module.tile(D, 4 * D, torch.bfloat16, arch, chunk))
+
+
+@pytest.mark.parametrize(
+    "arch, D, chunk", [("sm_90", 64, 16), ("sm_90", 128, 64), ("gfx942", 256, 16)]
+)
+def test_one_row_is_rewritten(arch, D, chunk):
+    other = Tile(32, 16, 16, scan=Schedule(8), retrieve=Schedule(4, 2), recall=Schedule(16, 4))
+    row = tune.written(other)
+    text = tune.rewrite(SOURCE, arch, D, chunk, row, "1.234 ms, a GPU")
+    before, after = _table(SOURCE), _table(text)
+    assert after(D, arch, chunk) == repr(other)
+    assert "        # 1.234 ms, a GPU\n" in text
+    changed = set(text.splitlines()) - set(SOURCE.splitlines())
+    assert len(changed) == 2 and len(text.splitlines()) == len(SOURCE.splitlines())
+    sizes = [(a, b, c) for a in (64, 128, 256) for b in tiles.ARCHITECTURES for c in (16, 64)]
+    differ = [x for x in sizes if before(*x) != after(*x)]
+    assert (D, arch, chunk) in differ and all(x[:2] == (D, arch) for x in differ)
+
+
+def test_a_tile_is_written_as_the_table_has_it():
+    shipped = tiles.tile(128, 512, torch.bfloat16, "sm_90")
+    assert tune.written(shipped) in SOURCE.replace("\n", " ")
+    assert eval(tune.written(shipped), vars(tiles)) == shipped
+    odd = replace(shipped, recall=Schedule(16, 4))
+    assert eval(tune.written(odd), vars(tiles)) == odd
