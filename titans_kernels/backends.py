@@ -14,13 +14,11 @@ from . import checks
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose(
-    backend: str, tokens: Tensor, matrices: Sequence[Tensor], others: Sequence[Tensor]
-) -> str:
+def choose(backend: str, tokens: Tensor, matrices: Sequence[Tensor]) -> str:
     """ "torch" or "triton", for tokens [M, H, D] and matrices [N, H, d_in, d_out].
 
-    One that is named never falls back to another. "auto" takes torch: the Triton kernels have no
-    backward yet, so they are there by name only. `others` are all that may have gradients.
+    One that is named never falls back to another. "auto" takes torch: no GPU has run the Triton
+    kernels yet, so they are there by name only.
     """
     checks.choice("backend", backend, checks.BACKENDS)
     if backend != "triton":

@@ -125,7 +125,7 @@ def neural_memory(
     packed, longest = pack(
         q, k, v, (theta, alpha, eta), tuple(weights), norm, initial_state, cu_seqlens
     )
-    chosen = choose(backend, packed.k, packed.weights, packed.differentiable())
+    chosen = choose(backend, packed.k, packed.weights)
     options = Options(activation, residual)
     o, final = ops.neural_memory(packed, chosen, options, chunk_size, longest)
     state = unpack(packed, final, chunk_size, theta.shape[2:]) if output_final_state else None
@@ -186,7 +186,7 @@ def retrieve(
         q, cu_seqlens = q.reshape(1, -1, *q.shape[2:]), None  # all tokens read the same weights
     cu, longest = bounds(q, cu_seqlens)
     reading = Reading(rows(q), weights, pack_norm(norm, accumulator(q)), cu)
-    chosen = choose(backend, reading.q, weights, reading.differentiable())
+    chosen = choose(backend, reading.q, weights)
     return ops.retrieve(reading, chosen, options, longest).view(shape)
 
 
@@ -195,6 +195,6 @@ def _after_tail(
 ) -> list[Tensor]:
     """The weights after a state's last token, those of the open chunk learned too."""
     packed, C = pack_open_chunks(state, norm), state.chunk_size
-    chosen = choose(backend, packed.k, packed.weights, packed.differentiable())
+    chosen = choose(backend, packed.k, packed.weights)
     _, final = ops.neural_memory(packed, chosen, options, C, C)
     return final[: len(packed.weights)]

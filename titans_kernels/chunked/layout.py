@@ -27,7 +27,7 @@ class BlockSize(NamedTuple):
 
         It then holds the states of all of them, and what their tokens computed.
         """
-        return 8 if self.tokens <= 32 else 4
+        return 16 if self.tokens <= 32 else 8
 
 
 def block_size(chunk_size: int, device: torch.device) -> BlockSize:
