@@ -175,12 +175,27 @@ def _chunk_coefficients(theta, alpha, eta):
     return [torch.stack(x, -2) for x in zip(*rows, strict=True)]
 
 
-def rounded(q, k, v, theta, alpha, eta, weights, *, dtype, norm=None, residual=True, chunk_size=16):
+def rounded(
+    q,
+    k,
+    v,
+    theta,
+    alpha,
+    eta,
+    weights,
+    *,
+    dtype,
+    norm=None,
+    residual=True,
+    chunk_size=16,
+    block=None,
+):
     """The memory (tanh-GELU) in float64, chunk by chunk, rounded where a kernel has to.
 
     Only q, k, v, every operand of a matrix product and the stored output are rounded to `dtype`,
     and in the backward pass the same: gradients that are stored, operands of products. Gates are
-    [B, T, H]; the state returned has weights and momentum, as of the last whole chunk.
+    [B, T, H]; the state returned has weights and momentum, as of the last whole chunk. With `block`
+    weights are made every so many tokens of a chunk, as where it is too long to be held.
     """
 
     def mm(a, b):
@@ -200,12 +215,15 @@ def rounded(q, k, v, theta, alpha, eta, weights, *, dtype, norm=None, residual=T
     W = [w.expand(len(q), *w.shape) for w in weights]
     S = [torch.zeros_like(w) for w in W]
     T, out, state = q.shape[2], [], (W, S)
-    for start, stop in pairwise([*range(0, T, chunk_size), T]):
+    starts = [t for t in range(T) if t % chunk_size % (block or chunk_size) == 0]
+    for start, stop in pairwise([*starts, T]):
         here = slice(start, stop)
+        if start % chunk_size == 0:
+            anchor = W
         a, c, p, G, P = _chunk_coefficients(*(x[..., here] for x in (theta, alpha, eta)))
 
         X, Z = [k[:, :, here]], []
-        for w in W:
+        for w in anchor:
             Z.append(mm(X[-1], w))
             X.append(act(Z[-1]))
         loss = (head(Z[-1], X[0]) - v[:, :, here]).square().sum()
@@ -222,7 +240,7 @@ def rounded(q, k, v, theta, alpha, eta, weights, *, dtype, norm=None, residual=T
             [a * w + c * s - mm(x.mT, G * d) for w, s, x, d in zip(W, S, X, D, strict=False)],
             [p * s - mm(x.mT, P * d) for s, x, d in zip(S, X, D, strict=False)],
         )
-        if stop - start == chunk_size:
+        if stop % chunk_size == 0:
             state = (W, S)
     o = _Stored.apply(torch.cat(out, 2).transpose(1, 2), dtype)
     return o, SimpleNamespace(weights=tuple(state[0]), momentum=tuple(state[1]))

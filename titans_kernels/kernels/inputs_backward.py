@@ -32,9 +32,9 @@ def inputs_backward_kernel(
     p_do,  # [Mq, H, D]
     p_dh,  # out, as p_h
     p_dx1,  # in and out [slots, H, BT, D], dk but for what goes through the first layer
-    p_da,  # out [slots, H, L, BT], where ADD added to; with KEYS [slots, H, BT]
+    p_da,  # out [slots, H, L, BT], with SHARED added to; with KEYS [slots, H, BT]
     p_dc,
-    p_dG,  # out [slots, H, L, BT, BT], where ADD added to; with KEYS [slots, H, BT, BT]
+    p_dG,  # out [slots, H, L, BT, BT], likewise; with KEYS [slots, H, BT, BT]
     p_cu,  # [N + 1]
     p_tail,  # [N]
     p_ask,  # [N]
@@ -52,7 +52,8 @@ def inputs_backward_kernel(
     BD: tl.constexpr,
     BH: tl.constexpr,
     KEYS: tl.constexpr,
-    ADD: tl.constexpr,  # there are gradients already, of a layer with the same gates
+    LAST: tl.constexpr,  # da and dc are known already
+    SHARED: tl.constexpr,  # they and dG are known of a layer with the same gates
     RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -163,11 +164,12 @@ def inputs_backward_kernel(
 
     b_dG = -b_hX * b_gD
     o_G = o_t[None, :] * BT + o_t[:, None]
-    if ADD:
+    if SHARED:
         b_da += tl.load(p_da + o_t, mask=m_t, other=0.0)
         b_dc += tl.load(p_dc + o_t, mask=m_t, other=0.0)
         b_dG += tl.load(p_dG + o_G, mask=m_G, other=0.0)
         tl.debug_barrier()
-    tl.store(p_da + o_t, b_da, mask=m_t)
-    tl.store(p_dc + o_t, b_dc, mask=m_t)
+    if not LAST:
+        tl.store(p_da + o_t, b_da, mask=m_t)
+        tl.store(p_dc + o_t, b_dc, mask=m_t)
     tl.store(p_dG + o_G, b_dG, mask=m_G)

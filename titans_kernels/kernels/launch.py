@@ -91,11 +91,14 @@ class Trace(NamedTuple):
 
     p: Tensor  # [slots, H, L, BT]
     P: Tensor  # [slots, H, L, BT, BT]
+    weights: tuple[Tensor, ...]  # per layer [slots, H, d_in, d_out], not rounded
+    momentum: tuple[Tensor, ...]
     y: Tensor  # [slots, H, BT, D], keys' last products
     e: Tensor  # [slots, H, BT, hidden], keys' errors behind the activation
     query_z: Tensor  # [slots, H, BT, hidden], queries' first products
     query_h: Tensor  # [slots, H, BT, hidden], inputs of the last layer
     query_y: Tensor  # [slots, H, BT, D], last products
+    query_parts: Tensor  # [slots, H, 2, BT, D], what of them is W's and S's
 
 
 def allocate(tokens: Tokens, state: list[Tensor], problem: Problem, keep: bool = False) -> Scratch:
@@ -110,11 +113,14 @@ def allocate(tokens: Tokens, state: list[Tensor], problem: Problem, keep: bool =
         trace = Trace(
             new(slots, H, L, BT, dtype=acc),
             new(slots, H, L, BT, BT, dtype=acc),
+            tuple(new(slots, *W.shape[1:], dtype=acc) for W in state),
+            tuple(new(slots, *W.shape[1:], dtype=acc) for W in state),
             new(slots, H, BT, D, dtype=acc),
             new(slots, H, BT, inner, dtype=acc),
             new(slots, H, BT, inner, dtype=acc),
             new(slots, H, BT, inner),
             new(slots, H, BT, D, dtype=acc),
+            new(slots, H, 2, BT, D, dtype=acc),
         )
     return Scratch(
         new(slots, H, L, BT, dtype=acc),
@@ -169,10 +175,15 @@ def scan(
     depth, last = len(weights), len(weights) - 1
     N, H = weights[0].shape[:2]
     chunk = problem.chunk_size if problem.blocks.chunks > 1 else problem.tile.block
-    for rounded, state in zip(
-        (*scratch.weights, *scratch.momentum), (*weights, *momentum), strict=True
-    ):
-        rounded.unflatten(0, (N, -1))[:, 0].copy_(state)  # what the group's first blocks read
+    first_states = [(*scratch.weights, *scratch.momentum)]  # what the group's first blocks read
+    if scratch.trace:
+        first_states.append((*scratch.trace.weights, *scratch.trace.momentum))
+    for states in first_states:
+        for x, state in zip(states, (*weights, *momentum), strict=True):
+            x.unflatten(0, (N, -1))[:, 0].copy_(state)
+    exact_W, exact_S = (
+        (scratch.trace.weights, scratch.trace.momentum) if scratch.trace else (weights, momentum)
+    )
     scan_kernel[(N, H)](
         p_k=tokens.k,
         p_v=tokens.v,
@@ -199,6 +210,10 @@ def scan(
         p_S2_out=scratch.momentum[last],
         p_y=scratch.trace.y if scratch.trace else scratch.z,
         p_e=scratch.trace.e if scratch.trace else scratch.z,
+        p_W1_exact=exact_W[0],
+        p_S1_exact=exact_S[0],
+        p_W2_exact=exact_W[last],
+        p_S2_exact=exact_S[last],
         p_cu=tokens.cu,
         group=first_block,
         blocks=problem.group,
@@ -236,6 +251,7 @@ def retrieve(
         p_z=scratch.trace.query_z if scratch.trace else scratch.z,
         p_h=scratch.trace.query_h if scratch.trace else scratch.x,
         p_y=scratch.trace.query_y if scratch.trace else scratch.z,
+        p_parts=scratch.trace.query_parts if scratch.trace else scratch.z,
         p_cu=tokens.cu,
         p_tail=tokens.tail,
         p_ask=tokens.ask,

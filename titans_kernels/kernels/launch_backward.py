@@ -95,6 +95,7 @@ def retrieve_backward(
         p_a=scratch.a,
         p_c=scratch.c,
         p_G=scratch.G,
+        p_parts=trace.query_parts,
         p_norm=scratch.a if problem.norm is None else problem.norm,
         p_do=do,
         p_gz=trace.query_z,
@@ -146,8 +147,10 @@ def scan_backward(
         p_G=scratch.G,
         p_end=scratch.end,
         p_norm=scratch.a if problem.norm is None else problem.norm,
-        p_W1=scratch.weights[0],
-        p_S1=scratch.momentum[0],
+        p_W1_exact=trace.weights[0],
+        p_S1_exact=trace.momentum[0],
+        p_W2_exact=trace.weights[-1],
+        p_S2_exact=trace.momentum[-1],
         p_W2=scratch.weights[-1],
         p_S2=scratch.momentum[-1],
         p_W2_anchor=anchor[-1],
@@ -214,7 +217,8 @@ def inputs_backward(
         p_dc=grad.c,
         p_dG=grad.G,
         KEYS=False,
-        ADD=depth > 1 and scratch.a.shape[2] == 1,
+        LAST=depth == 1,
+        SHARED=depth > 1 and scratch.a.shape[2] == 1,
     )
     keys = dict(
         p_h=tokens.k,
@@ -224,7 +228,8 @@ def inputs_backward(
         p_dc=grad.c_key,
         p_dG=grad.G_key,
         KEYS=True,
-        ADD=False,
+        LAST=False,
+        SHARED=False,
     )
     for reader in (queries, keys):
         inputs_backward_kernel[scratch.a.shape[:2]](

@@ -146,7 +146,7 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of `packed.differentiable()`: interval after interval, the last first.
 
-    Of a group, forward is computed again: its scratch, of about 12 KB a token and head at D 64 and
+    Of a group, forward is computed again: its scratch, of about 16 KB a token and head at D 64 and
     hidden 256, is all that is held beside the states that forward kept, 128 bytes a token and head.
     """
     plan = Plan.of(packed, options, chunk_size, longest)

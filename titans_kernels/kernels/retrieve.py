@@ -31,7 +31,8 @@ def retrieve_kernel(
     p_o,  # out [Mq, H, D]
     p_z,  # or, where the backward pass wants them, out [slots, H, BT, HIDDEN]: first products,
     p_h,  # what the activation makes of them,
-    p_y,  # [slots, H, BT, D]: and last products
+    p_y,  # [slots, H, BT, D]: last products,
+    p_parts,  # [slots, H, 2, BT, D]: and what of them is W's and S's, before a and c
     p_cu,  # [N + 1]
     p_tail,  # [N] tokens of tails
     p_ask,  # [N] first query
@@ -97,8 +98,8 @@ def retrieve_kernel(
     p_S1 += i_b * D * HIDDEN
 
     if DEPTH == 1:
-        b_y = tl.zeros([BD, BQ], ACC)
-        b_z = tl.zeros([BD, BQ], ACC)
+        b_yW = tl.zeros([BD, BQ], ACC)
+        b_yS = tl.zeros([BD, BQ], ACC)
         for j in tl.range(0, hidden, BH, disable_licm=True):
             m_h = j + o_h < D
             b_x = tl.load(  # [BH, BQ]
@@ -109,23 +110,22 @@ def retrieve_kernel(
             o_w = (j + o_h)[None, :] * D + o_d[:, None]
             m_w = m_h[None, :] & m_d[:, None]
             b_w = tl.load(p_W1 + o_w, mask=m_w, other=0.0)  # [BD, BH]
-            b_y = tl.dot(b_w, b_x, b_y, input_precision=PRECISION, out_dtype=ACC)
+            b_yW = tl.dot(b_w, b_x, b_yW, input_precision=PRECISION, out_dtype=ACC)
             b_w = tl.load(p_S1 + o_w, mask=m_w, other=0.0)
-            b_z = tl.dot(b_w, b_x, b_z, input_precision=PRECISION, out_dtype=ACC)
+            b_yS = tl.dot(b_w, b_x, b_yS, input_precision=PRECISION, out_dtype=ACC)
         b_d1 = tl.load(  # [BD, BT]
             p_d1 + o_t[None, :] * D + o_d[:, None],
             mask=m_t[None, :] & m_d[:, None],
             other=0.0,
         ).to(OP)
-        b_y = b_a[None, :] * b_y + b_c[None, :] * b_z
+        b_y = b_a[None, :] * b_yW + b_c[None, :] * b_yS
         b_y = tl.dot(b_d1, b_s, b_y, input_precision=PRECISION, out_dtype=ACC)
     else:
         p_W2 += i_b * D * HIDDEN
         p_S2 += i_b * D * HIDDEN
         i_l = 1 if L > 1 else 0
-        b_a2 = tl.load(p_a + i_l * BT + o_q)
-        b_c2 = tl.load(p_c + i_l * BT + o_q)
-        b_y = tl.zeros([BD, BQ], ACC)
+        b_yW = tl.zeros([BD, BQ], ACC)
+        b_yS = tl.zeros([BD, BQ], ACC)
         b_s2 = tl.zeros([BT, BQ], ACC)
         for j in tl.range(0, hidden, BH, disable_licm=True):
             m_h = j + o_h < HIDDEN
@@ -139,24 +139,22 @@ def retrieve_kernel(
             b_z += b_c[None, :] * tl.dot(b_w, b_q, input_precision=PRECISION, out_dtype=ACC)
             b_d1 = tl.load(p_d1 + o_x, mask=m_x, other=0.0).to(OP)  # [BH, BT]
             b_z = tl.dot(b_d1, b_s, b_z, input_precision=PRECISION, out_dtype=ACC)
-            b_h = activate(b_z, ACTIVATION)
+            b_h = activate(b_z, ACTIVATION).to(OP)
             if KEEP:
                 o_h_q = (i_b * BT + o_q[None, :]) * HIDDEN + (j + o_h)[:, None]
                 m_h_q = (o_q < count)[None, :] & m_h[:, None]
                 tl.store(p_z + o_h_q, b_z, mask=m_h_q)
-                tl.store(p_h + o_h_q, b_h.to(OP), mask=m_h_q)
+                tl.store(p_h + o_h_q, b_h, mask=m_h_q)
 
             o_xt = o_t[:, None] * HIDDEN + (j + o_h)[None, :]
             b_x = tl.load(p_x + o_xt, mask=m_t[:, None] & m_h[None, :], other=0.0)  # [BT, BH]
-            b_s2 = tl.dot(b_x, b_h.to(OP), b_s2, input_precision=PRECISION, out_dtype=ACC)
+            b_s2 = tl.dot(b_x, b_h, b_s2, input_precision=PRECISION, out_dtype=ACC)
             o_w2 = (j + o_h)[None, :] * D + o_d[:, None]
             m_w2 = m_h[None, :] & m_d[:, None]
             b_w = tl.load(p_W2 + o_w2, mask=m_w2, other=0.0)  # [BD, BH]
-            b_ah = (b_a2[None, :] * b_h).to(OP)
-            b_y = tl.dot(b_w, b_ah, b_y, input_precision=PRECISION, out_dtype=ACC)
+            b_yW = tl.dot(b_w, b_h, b_yW, input_precision=PRECISION, out_dtype=ACC)
             b_w = tl.load(p_S2 + o_w2, mask=m_w2, other=0.0)
-            b_ch = (b_c2[None, :] * b_h).to(OP)
-            b_y = tl.dot(b_w, b_ch, b_y, input_precision=PRECISION, out_dtype=ACC)
+            b_yS = tl.dot(b_w, b_h, b_yS, input_precision=PRECISION, out_dtype=ACC)
         # What G and q were loaded for first would fill registers all along. The modifier is the
         # default of a load: it only keeps the compiler from taking two loads for one.
         p_G += i_l * BT * BT
@@ -167,11 +165,18 @@ def retrieve_kernel(
             other=0.0,
         ).to(OP)
         b_s2 = (-b_G * b_s2).to(OP)
+        b_a = tl.load(p_a + i_l * BT + o_q, cache_modifier=".ca")
+        b_c = tl.load(p_c + i_l * BT + o_q, cache_modifier=".ca")
+        b_y = b_a[None, :] * b_yW + b_c[None, :] * b_yS
         b_y = tl.dot(b_d2, b_s2, b_y, input_precision=PRECISION, out_dtype=ACC)
 
     if KEEP:
         o_y = (i_b * BT + o_q[None, :]) * D + o_d[:, None]
-        tl.store(p_y + o_y, b_y, mask=(o_q < count)[None, :] & m_d[:, None])
+        m_y = (o_q < count)[None, :] & m_d[:, None]
+        tl.store(p_y + o_y, b_y, mask=m_y)
+        o_y += i_b * BT * D
+        tl.store(p_parts + o_y, b_yW, mask=m_y)
+        tl.store(p_parts + BT * D + o_y, b_yS, mask=m_y)
     else:
         b_q = tl.load(p_q + o_qd, mask=m_qd, other=0.0, cache_modifier=".ca")
         b_o = head(b_y, b_q.to(ACC), p_norm, o_d, m_d, D, HAS_NORM, RESIDUAL)

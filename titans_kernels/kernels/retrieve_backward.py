@@ -54,6 +54,7 @@ def retrieve_backward_kernel(
     p_a,  # [slots, H, L, BT]
     p_c,
     p_G,  # [slots, H, L, BT, BT]
+    p_parts,  # [slots, H, 2, BT, D], what of the last products is W's and S's
     p_norm,  # [H, 2, D]
     p_do,  # [Mq, H, D]
     p_gz,  # in and out [slots, H, BT, HIDDEN], queries' first products, then their gradient
@@ -61,9 +62,9 @@ def retrieve_backward_kernel(
     p_dx2,  # out [slots, H, BT, HIDDEN]
     p_dd1,  # out [slots, H, BT, HIDDEN]
     p_dd2,  # out [slots, H, BT, D]
-    p_da,  # out [slots, H, L, BT], at depth 2: of the last layer
+    p_da,  # out [slots, H, L, BT], of the last layer
     p_dc,
-    p_dG,  # out [slots, H, L, BT, BT], likewise
+    p_dG,  # out [slots, H, L, BT, BT], likewise, at depth 2
     p_dnorm,  # out [slots, H, 2, D]
     p_cu,  # [N + 1]
     p_tail,  # [N]
@@ -125,6 +126,7 @@ def retrieve_backward_kernel(
     p_dd1 += i_b * BT * HIDDEN
     p_d2 += i_b * BT * D
     p_gy += i_b * BT * D
+    p_parts += i_b * 2 * BT * D
     p_dd2 += i_b * BT * D
 
     o_y, m_y = o_t[None, :] * D + o_d[:, None], m_t[None, :] & m_d[:, None]  # [BD, BT]
@@ -137,6 +139,12 @@ def retrieve_backward_kernel(
         tl.store(p_dnorm + o_d, b_dw, mask=m_d)
         tl.store(p_dnorm + D + o_d, b_db, mask=m_d)
     tl.store(p_gy + o_y, b_dy, mask=m_y)
+    # Behind a LayerNorm dy is all but orthogonal to y: taken from rounded factors, as the gradient
+    # of x is, this would be rounding and little else.
+    b_part = tl.load(p_parts + o_y, mask=m_y, other=0.0)
+    tl.store(p_da + o_t, tl.sum(b_dy * b_part, 0), mask=m_t)
+    b_part = tl.load(p_parts + BT * D + o_y, mask=m_y, other=0.0)
+    tl.store(p_dc + o_t, tl.sum(b_dy * b_part, 0), mask=m_t)
     tl.debug_barrier()
 
     # [BT, BT] tiles are keys i by queries t.
@@ -177,8 +185,6 @@ def retrieve_backward_kernel(
 
         b_a = tl.load(p_a + o_t, mask=m_t, other=0.0)
         b_c = tl.load(p_c + o_t, mask=m_t, other=0.0)
-        b_da = tl.zeros([BT], ACC)
-        b_dc = tl.zeros([BT], ACC)
         for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
             m_h = j + o_h < HIDDEN
             o_z, m_z = o_t[None, :] * HIDDEN + (j + o_h)[:, None], m_t[None, :] & m_h[:, None]
@@ -197,9 +203,6 @@ def retrieve_backward_kernel(
                 b_gW = tl.dot(b_w, b_g, b_gW, input_precision=PRECISION, out_dtype=ACC)
                 b_w = tl.load(p_S2 + o_w, mask=m_w, other=0.0)
                 b_gS = tl.dot(b_w, b_g, b_gS, input_precision=PRECISION, out_dtype=ACC)
-            b_h = tl.load(p_h + o_z, mask=m_z, other=0.0).to(ACC)  # [BH, BT]
-            b_da += tl.sum(b_h * b_gW, 0)
-            b_dc += tl.sum(b_h * b_gS, 0)
             b_dh = b_a[None, :] * b_gW + b_c[None, :] * b_gS
             b_x = tl.load(p_x + o_z, mask=m_z, other=0.0)  # [BH, BT]
             b_dh = tl.dot(b_x, b_gd, b_dh, input_precision=PRECISION, out_dtype=ACC)
@@ -209,8 +212,6 @@ def retrieve_backward_kernel(
             b_h = tl.load(p_h + o_z, mask=m_z, other=0.0)  # [BT, BH]
             b_dx = tl.dot(b_gd, b_h, input_precision=PRECISION, out_dtype=ACC)
             tl.store(p_dx2 + o_z, b_dx, mask=m_z)
-        tl.store(p_da + o_t, b_da, mask=m_t)
-        tl.store(p_dc + o_t, b_dc, mask=m_t)
         tl.debug_barrier()
 
     b_kq = tl.zeros([BT, BT], ACC)

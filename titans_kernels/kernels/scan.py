@@ -27,6 +27,8 @@ def advance(
     p_S,
     p_W_next,  # where the next block's readers find it
     p_S_next,
+    p_W_exact,  # where the backward pass finds it, with KEEP
+    p_S_exact,
     p_W_anchor,
     p_S_anchor,
     p_end,  # coefficients of the state that is handed on
@@ -37,6 +39,7 @@ def advance(
     ANCHOR,  # bool: the block makes its chunk whole
     BT: tl.constexpr,
     PRECISION: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     """One tile of one layer's state to the block's end."""
     OP: tl.constexpr = b_x.dtype
@@ -55,6 +58,9 @@ def advance(
     if NEXT:
         tl.store(p_W_next + o, b_W.to(OP), mask=m)
         tl.store(p_S_next + o, b_S.to(OP), mask=m)
+        if KEEP:
+            tl.store(p_W_exact + o, b_W, mask=m)
+            tl.store(p_S_exact + o, b_S, mask=m)
     if ANCHOR:
         tl.store(p_W_anchor + o, b_W, mask=m)
         tl.store(p_S_anchor + o, b_S, mask=m)
@@ -86,7 +92,11 @@ def scan_kernel(
     p_W2_out,
     p_S2_out,
     p_y,  # where the backward pass wants them, out [slots, H, BT, D], last products
-    p_e,  # and [slots, H, BT, HIDDEN], errors behind the activation
+    p_e,  # [slots, H, BT, HIDDEN], errors behind the activation,
+    p_W1_exact,  # and [slots, H, D, HIDDEN], the state at every block's start, not rounded
+    p_S1_exact,
+    p_W2_exact,
+    p_S2_exact,
     p_cu,
     group,
     blocks,
@@ -306,6 +316,8 @@ def scan_kernel(
                         p_S1,
                         p_W1_out + i_x * W,
                         p_S1_out + i_x * W,
+                        p_W1_exact + i_x * W,
+                        p_S1_exact + i_x * W,
                         p_W1_anchor,
                         p_S1_anchor,
                         p_end1,
@@ -316,6 +328,7 @@ def scan_kernel(
                         whole,
                         BT,
                         PRECISION,
+                        KEEP,
                     )
                     if DEPTH == 2:
                         b_x = tl.load(  # [BH, BT]
@@ -335,6 +348,8 @@ def scan_kernel(
                             p_S2,
                             p_W2_out + i_x * W,
                             p_S2_out + i_x * W,
+                            p_W2_exact + i_x * W,
+                            p_S2_exact + i_x * W,
                             p_W2_anchor,
                             p_S2_anchor,
                             p_end2,
@@ -345,5 +360,6 @@ def scan_kernel(
                             whole,
                             BT,
                             PRECISION,
+                            KEEP,
                         )
             tl.debug_barrier()

@@ -28,7 +28,7 @@ import triton.language as tl
 
 from .blocks import block_of
 from .network import curvature, error_backward, slope
-from .state_backward import advance_backward, hand_back, store_end
+from .state_backward import advance_backward, hand_back
 
 
 @triton.jit(do_not_specialize=["group", "blocks"])
@@ -41,9 +41,11 @@ def scan_backward_kernel(
     p_G,  # [slots, H, L, BT, BT]
     p_end,  # [slots, H, L, 4 + 2 BT]
     p_norm,  # [H, 2, D]
-    p_W1,  # [slots, H, D, HIDDEN], state at every block's start
-    p_S1,
-    p_W2,  # [slots, H, HIDDEN, D]
+    p_W1_exact,  # [slots, H, D, HIDDEN], state at every block's start, not rounded
+    p_S1_exact,
+    p_W2_exact,  # [slots, H, HIDDEN, D]
+    p_S2_exact,
+    p_W2,  # rounded
     p_S2,
     p_W2_anchor,  # [N, H, HIDDEN, D], that of a chunk begun in an earlier group
     p_z,  # [slots, H, BT, HIDDEN]
@@ -122,15 +124,14 @@ def scan_backward_kernel(
             # is kept instead costs two registers all along.
             o_bh, o_bd, o_w0 = i_b * BT * HIDDEN, i_b * BT * D, i_b * W
             o_a1, o_end1 = i_b * L * BT, i_b * L * (4 + 2 * BT)
+            o_end2 = o_end1 + i_l * (4 + 2 * BT)
 
             # What the state handed on gives the block's inputs and errors.
-            da, dc, dp, b_dG, b_dP = advance_backward(
+            b_dG, b_dP = advance_backward(
                 p_k + (first * H + i_h) * D,
                 p_d1 + o_bh,
                 p_dx1 + o_bd,
                 p_dd1 + o_bh,
-                p_W1 + o_w0,
-                p_S1 + o_w0,
                 p_dW1 + o_s,
                 p_dS1 + o_s,
                 p_end + o_end1,
@@ -148,18 +149,14 @@ def scan_backward_kernel(
                 PRECISION,
             )
             if DEPTH == 2:
-                if L > 1:
-                    store_end(p_dend + o_end1, da, dc, dp, b_dG, b_dP, BT)
-                da2, dc2, dp2, b_dG2, b_dP2 = advance_backward(
+                b_dG2, b_dP2 = advance_backward(
                     p_d2 + o_bd,
                     p_x + o_bh,
                     p_dd2 + o_bd,
                     p_dx2 + o_bh,
-                    p_W2 + o_w0,
-                    p_S2 + o_w0,
                     p_dW2 + o_s,
                     p_dS2 + o_s,
-                    p_end + o_end1 + i_l * (4 + 2 * BT),
+                    p_end + o_end2,
                     m_i,
                     hidden,
                     D,
@@ -173,18 +170,14 @@ def scan_backward_kernel(
                     OP,
                     PRECISION,
                 )
-                if L > 1:
-                    store_end(p_dend + o_end1 + 4 + 2 * BT, da2, dc2, dp2, b_dG2, b_dP2, BT)
+                if L == 1:  # layers that share gates
+                    b_dG += b_dG2
+                    b_dP += b_dP2
                 else:
-                    da, dc, dp, b_dG, b_dP = (
-                        da + da2,
-                        dc + dc2,
-                        dp + dp2,
-                        b_dG + b_dG2,
-                        b_dP + b_dP2,
-                    )
-            if DEPTH == 1 or L == 1:
-                store_end(p_dend + o_end1, da, dc, dp, b_dG, b_dP, BT)
+                    tl.store(p_dend + o_end2 + 4 + o_i, b_dG2)
+                    tl.store(p_dend + o_end2 + 4 + BT + o_i, b_dP2)
+            tl.store(p_dend + o_end1 + 4 + o_i, b_dG)
+            tl.store(p_dend + o_end1 + 4 + BT + o_i, b_dP)
             tl.debug_barrier()
 
             chunks = tl.cdiv(count, CHUNK)  # with a token
@@ -434,7 +427,7 @@ def scan_backward_kernel(
             o_row = o_i // CHUNK * CHUNK - 1 if SPAN == 1 else o_i * 0 - 1  # that keys read with
             before = first - tl.load(p_cu + i_n) - tl.load(p_tail + i_n)
             begins = (group + i_block) % SPAN == 0
-            hand_back(
+            da, dc, dp = hand_back(
                 p_q + ((tl.load(p_ask + i_n) + before) * H + i_h) * D,
                 p_gz + o_bh,
                 p_k + (first * H + i_h) * D,
@@ -444,6 +437,8 @@ def scan_backward_kernel(
                 p_a + o_a1,
                 p_c + o_a1,
                 o_row,
+                p_W1_exact + o_w0,
+                p_S1_exact + o_w0,
                 p_dW1 + o_s,
                 p_dS1 + o_s,
                 p_dW1_anchor + o_s,
@@ -464,7 +459,7 @@ def scan_backward_kernel(
                 PRECISION,
             )
             if DEPTH == 2:
-                hand_back(
+                da2, dc2, dp2 = hand_back(
                     p_h + o_bh,
                     p_gy + o_bd,
                     p_x + o_bh,
@@ -474,11 +469,13 @@ def scan_backward_kernel(
                     p_a + o_a1 + i_l * BT,
                     p_c + o_a1 + i_l * BT,
                     o_row,
+                    p_W2_exact + o_w0,
+                    p_S2_exact + o_w0,
                     p_dW2 + o_s,
                     p_dS2 + o_s,
                     p_dW2_anchor + o_s,
                     p_dS2_anchor + o_s,
-                    p_end + o_end1 + i_l * (4 + 2 * BT),
+                    p_end + o_end2,
                     m_i,
                     m_i,
                     begins,
@@ -493,4 +490,13 @@ def scan_backward_kernel(
                     SPAN,
                     PRECISION,
                 )
+                if L == 1:
+                    da, dc, dp = da + da2, dc + dc2, dp + dp2
+                else:
+                    tl.store(p_dend + o_end2, da2)
+                    tl.store(p_dend + o_end2 + 1, dc2)
+                    tl.store(p_dend + o_end2 + 2, dp2)
+            tl.store(p_dend + o_end1, da)
+            tl.store(p_dend + o_end1 + 1, dc)
+            tl.store(p_dend + o_end1 + 2, dp)
             tl.debug_barrier()

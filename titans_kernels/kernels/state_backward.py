@@ -14,8 +14,6 @@ def advance_backward(
     p_side,  # [BT, HIDDEN], the other of the two
     p_dfull,  # in and out [BT, D]
     p_dside,  # in and out [BT, HIDDEN]
-    p_W,  # state at the block's start
-    p_S,
     p_dW,  # gradient of the state that was handed on
     p_dS,
     p_end,  # coefficients of that state
@@ -32,16 +30,13 @@ def advance_backward(
     OP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of inputs and errors are added to; those of a, c, p, G and P are returned."""
+    """Gradients of inputs and errors are added to; those of G and P are returned."""
     ACC: tl.constexpr = p_dW.dtype.element_ty
     o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, BR), tl.arange(0, BN)
     b_G = -tl.load(p_end + 4 + o_t)
     b_P = -tl.load(p_end + 4 + BT + o_t)
     b_dG = tl.zeros([BT], ACC)
     b_dP = tl.zeros([BT], ACC)
-    b_da = tl.zeros([BN], ACC)
-    b_dc = tl.zeros([BN], ACC)
-    b_dp = tl.zeros([BN], ACC)
     for i in tl.range(0, D, BR, num_stages=1, disable_licm=True):
         m_d = i + o_d < D
         m_f = m_t[:, None] & m_d[None, :]
@@ -57,17 +52,12 @@ def advance_backward(
                 (i + o_d)[:, None] * ROW + (j + o_h)[None, :] * COLUMN,
                 m_d[:, None] & m_h[None, :],
             )
-            b_w = tl.load(p_W + o_w, mask=m_w, other=0.0).to(ACC)  # [BR, BN]
-            b_s = tl.load(p_S + o_w, mask=m_w, other=0.0).to(ACC)
-            b_dw = tl.load(p_dW + o_w, mask=m_w, other=0.0)
-            b_da += tl.sum(b_w * b_dw, 0)
-            b_dc += tl.sum(b_s * b_dw, 0)
-            b_part = tl.dot(b_full, b_dw.to(OP), input_precision=PRECISION, out_dtype=ACC)
+            b_dw = tl.load(p_dW + o_w, mask=m_w, other=0.0).to(OP)  # [BR, BN]
+            b_part = tl.dot(b_full, b_dw, input_precision=PRECISION, out_dtype=ACC)
             b_dG -= tl.sum(b_part * b_side, 1)
             b_dside = b_G[:, None] * b_part
-            b_dw = tl.load(p_dS + o_w, mask=m_w, other=0.0)
-            b_dp += tl.sum(b_s * b_dw, 0)
-            b_part = tl.dot(b_full, b_dw.to(OP), input_precision=PRECISION, out_dtype=ACC)
+            b_dw = tl.load(p_dS + o_w, mask=m_w, other=0.0).to(OP)
+            b_part = tl.dot(b_full, b_dw, input_precision=PRECISION, out_dtype=ACC)
             b_dP -= tl.sum(b_part * b_side, 1)
             b_dside += b_P[:, None] * b_part
             b_dside += tl.load(p_dside + o_s, mask=m_s, other=0.0)
@@ -88,18 +78,7 @@ def advance_backward(
         tl.store(p_dfull + o_f, b_dfull, mask=m_f)
         if D > BR:  # the next part of D adds to what this one stored
             tl.debug_barrier()
-    return tl.sum(b_da, 0), tl.sum(b_dc, 0), tl.sum(b_dp, 0), b_dG, b_dP
-
-
-@triton.jit
-def store_end(p_dend, da, dc, dp, b_dG, b_dP, BT: tl.constexpr):
-    """Gradients of a layer's coefficients at the block's end."""
-    o_t = tl.arange(0, BT)
-    tl.store(p_dend, da)
-    tl.store(p_dend + 1, dc)
-    tl.store(p_dend + 2, dp)
-    tl.store(p_dend + 4 + o_t, b_dG)
-    tl.store(p_dend + 4 + BT + o_t, b_dP)
+    return b_dG, b_dP
 
 
 @triton.jit
@@ -146,6 +125,8 @@ def hand_back(
     p_a,  # [BT]
     p_c,
     o_row,  # [BT], the row of p_a and p_c that keys read with; -1: the block's start
+    p_W,  # state at the block's start, not rounded
+    p_S,
     p_dW,  # in and out [ROWS, COLUMNS]
     p_dS,
     p_dW_anchor,  # in and out, where chunks span blocks: of the state that the chunk began with
@@ -165,13 +146,17 @@ def hand_back(
     SPAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One layer's state gradient, from the block's end to its start."""
+    """One layer's state gradient, from the block's end to its start; da, dc, dp of the end."""
+    ACC: tl.constexpr = p_dW.dtype.element_ty
     o_t = tl.arange(0, BT)
     a, c, p = tl.load(p_end), tl.load(p_end + 1), tl.load(p_end + 2)
     b_a = tl.load(p_a + o_t, mask=m_t, other=0.0)
     b_c = tl.load(p_c + o_t, mask=m_t, other=0.0)
     b_ak = tl.load(p_a + o_row, mask=o_row >= 0, other=1.0)
     b_ck = tl.load(p_c + o_row, mask=o_row >= 0, other=0.0)
+    b_da = tl.zeros([BN], ACC)
+    b_dc = tl.zeros([BN], ACC)
+    b_dp = tl.zeros([BN], ACC)
     for i in tl.range(0, ROWS, BR, num_stages=1, disable_licm=True):
         o_r = i + tl.arange(0, BR)
         for j in tl.range(0, columns, BN, num_stages=1, disable_licm=True):
@@ -179,7 +164,12 @@ def hand_back(
             o = o_r[:, None] * COLUMNS + o_n[None, :]
             m = (o_r < ROWS)[:, None] & (o_n < COLUMNS)[None, :]
             b_dw = tl.load(p_dW + o, mask=m, other=0.0)
-            b_ds = c * b_dw + p * tl.load(p_dS + o, mask=m, other=0.0)
+            b_ds = tl.load(p_dS + o, mask=m, other=0.0)
+            b_s = tl.load(p_S + o, mask=m, other=0.0)
+            b_da += tl.sum(tl.load(p_W + o, mask=m, other=0.0) * b_dw, 0)
+            b_dc += tl.sum(b_s * b_dw, 0)
+            b_dp += tl.sum(b_s * b_ds, 0)
+            b_ds = c * b_dw + p * b_ds
             b_dw, b_ds = add_readers(
                 p_hq,
                 p_gq,
@@ -245,3 +235,4 @@ def hand_back(
                 b_dw, b_ds = b_wk, b_sk
             tl.store(p_dW + o, b_dw, mask=m)
             tl.store(p_dS + o, b_ds, mask=m)
+    return tl.sum(b_da, 0), tl.sum(b_dc, 0), tl.sum(b_dp, 0)

@@ -73,6 +73,9 @@ class Tile:
 _4, _8 = Schedule(4), Schedule(8)
 _4x2, _8x2 = Schedule(4, 2), Schedule(8, 2)
 _4x3, _8x3 = Schedule(4, 3), Schedule(8, 3)
+_ALL_4 = dict.fromkeys(
+    ("scan", "retrieve", "recall", "retrieve_backward", "scan_backward", "inputs_backward"), _4
+)
 ANY = 2**63
 
 # Head dimensions and chunks up to the first two numbers take the tile; chunks set the width of what
@@ -87,7 +90,7 @@ _HALF = {
         # 255, 255, 174
         (128, ANY, Tile(64, 32, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
         # 255, 255 and 144, 169
-        (256, ANY, Tile(32, 32, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
+        (256, ANY, Tile(32, 32, 16, scan=_8, retrieve=_8x2, recall=_8x2)),
     ),
     "sm_90": (
         # 224, 232, 128
@@ -99,9 +102,9 @@ _HALF = {
         # 255 and 24 (3.6: 255), 195, 105; of a block of 64: 255 and 112
         (128, ANY, Tile(32, 64, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
         # 255 and 72 (3.6: 255), 255 and 120 (3.6: 242), 181
-        (256, 32, Tile(64, 64, 32, scan=_8, retrieve=_8, recall=_8x2)),
+        (256, 32, Tile(64, 64, 16, scan=_8, retrieve=_8, recall=_8x2)),
         # 255 and 40, 255 and 8, 181; of a block of 64: 255 and 832
-        (256, ANY, Tile(32, 64, 32, scan=_8, retrieve=_8, recall=_8x2)),
+        (256, ANY, Tile(32, 64, 16, scan=_8, retrieve=_8, recall=_8x2)),
     ),
     "sm_100": (
         # 198, 154, 121
@@ -109,18 +112,18 @@ _HALF = {
         # 201, 208, 120
         (128, ANY, Tile(64, 64, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
         # 232, 255, 255
-        (256, 32, Tile(64, 64, 64, scan=_8, retrieve=_8, recall=_8x2)),
+        (256, 32, Tile(64, 64, 32, scan=_8, retrieve=_8, recall=_8x2)),
         # 255 and 88; a block of 64 takes more tensor memory than there is, and traps (3.6)
         (256, ANY, Tile(32, 64, 32, scan=_8, retrieve=_8, recall=_8x2)),
     ),
     # Up to 512 registers, for 4 warps; of 8, scan's backward has 256 and 332 bytes of stack.
     "gfx942": (
         # 288 (3.6: 432), 262, 160
-        (64, ANY, Tile(64, 64, 64, scan=_4, retrieve=_4, recall=_4, scan_backward=_4)),
+        (64, ANY, Tile(64, 64, 64, **_ALL_4)),
         # 272 (3.6: 383), 383, 208; of slices of 64: 362 (3.6: 512 and 204)
-        (128, ANY, Tile(64, 32, 64, scan=_4, retrieve=_4, recall=_4, scan_backward=_4)),
+        (128, ANY, Tile(64, 32, 64, **_ALL_4)),
         # 251 (3.6: 383), 332, 194; of a block of 64: 360 (3.6: 512 and 364)
-        (256, ANY, Tile(32, 64, 32, scan=_4, retrieve=_4, recall=_4, scan_backward=_4)),
+        (256, ANY, Tile(32, 64, 32, **_ALL_4)),
     ),
 }
 ARCHITECTURES = tuple(_HALF)
