@@ -14,11 +14,39 @@ hidden, N tokens to a block and chunks of C:
                   q, o: 4 D; W, once for T tokens: 4 D hidden / T
     coefficients  gates: 6; G, a, c and the row at the end: 4 N + 16
 
+With "+" they are computed again for the backward pass, and leave it more, in float32: scan X W_1,
+e, y, and W and S unrounded: 4 D + 8 hidden + 16 D hidden / N; retrieve not its answers but its
+products and what of the last is W's and S's, and, rounded, h: 10 D + 6 hidden; coefficients p and
+P: 4 N + 4. Then
+
+    retrieve_backward     4 D hidden + N (6 D + 8 hidden) FLOP
+                          q, k, do: 6 D; D_2, y and its parts and gradient, dD_2: 24 D; h, X:
+                          4 hidden; z and its gradient, dX_2, dD_1: 16 hidden; G, dG, a, c, da, dc:
+                          8 N + 16; the LayerNorm's gradient: 8 D / N; W_2, S_2: 4 D hidden / N
+    scan_backward         44 D hidden + 12 N (D + hidden) FLOP: 16 of the 44 from the gradient of
+                          the state to inputs and errors, 8 for chunks, 20 for that gradient
+                          q, k, v, dv: 8 D; D_2, y, dX_1, dD_2 and queries' gradient: 28 D; X, h,
+                          de: 6 hidden; z, e, D_1, dX_2, dD_1, queries' gradient: 32 hidden; a, c
+                          and the row at the end, and its gradient: 24; rows of G, dG, da, dc at
+                          chunks: (12 N + 16) / C; W and S unrounded, those of the last layer
+                          rounded: 20 D hidden / N; their gradients, read and written:
+                          32 D hidden / N
+    inputs_backward q     4 D hidden + N (6 D + 2 hidden) FLOP
+                          q, k, do, dq: 8 D; dX_1 read and written: 8 D; D_1, dz: 8 hidden; a, c,
+                          G, and da, dc, dG read and written: 12 N + 24; W_1, S_1: 4 D hidden / N
+    inputs_backward k     the same FLOP; neither q nor do; rows of a, c, G at chunks
+    coefficients_backward gates and their gradients: 10; a, c, p, da, dc of queries and of keys, the
+                          gradient at the end: 36; G, P, dG of both: 16 N
+
+which is 56 D hidden, twice forward's 28, and N (30 D + 24 hidden) FLOP, forward computed again not
+among them. Products of N by N and N by C tokens are whole here, as they are done: of those with
+history, half is masked.
+
 The bytes have to pass between the pass and the GPU's memory: a tensor once a block, nothing for
-what caches can give again. A pass takes the slower of the two; scan, whose chunks wait for each
-other and which has one program to a sequence and head, at least its chunks' latency, in as many
-turns as its programs need. Rates were measured on an H200; the latency of a chunk is a guess that a
-measurement has to replace.
+what caches can give again. A pass takes the slower of the two; scan and scan_backward, whose chunks
+wait for each other and which have one program to a sequence and head, at least their chunks'
+latency, in as many turns as programs need. Rates were measured on an H200; the latency of a chunk
+is a guess that a measurement has to replace, and so is that a chunk takes twice as long backwards.
 """
 
 from __future__ import annotations
@@ -36,11 +64,25 @@ import torch
 
 from titans_kernels.kernels.tiles import Blocks, tile
 
-from .shapes import FORWARD, Shape
+from .shapes import BOTH, FORWARD, Shape
 
 H200_FLOPS, H200_BYTES = 790e12, 4.3e12  # a second
 SMS = 132
-CHUNK_LATENCY = 4e-6  # seconds, at 64 by 256; estimated
+CHUNK_LATENCY = {  # seconds, at 64 by 256; estimated
+    "scan": 4e-6,
+    "scan+": 4e-6,
+    "scan_backward": 8e-6,
+}
+FORWARD_PASSES = ("coefficients", "scan", "retrieve")
+BACKWARD_PASSES = (
+    *(f"{name}+" for name in FORWARD_PASSES),
+    "retrieve_backward",
+    "scan_backward",
+    "inputs_backward q",
+    "inputs_backward k",
+    "coefficients_backward",
+)
+PASSES = {FORWARD: FORWARD_PASSES, BOTH: (*FORWARD_PASSES, *BACKWARD_PASSES)}
 
 
 class Cost(NamedTuple):
@@ -58,22 +100,46 @@ class Cost(NamedTuple):
 def cost(name: str, D: int, hidden: int, block: int, chunk: int, T: int) -> Cost:
     """The formulas above."""
     matrix, wide = D * hidden, D + hidden
+    states = matrix / block
+    if name.endswith("+"):
+        once = cost(name[:-1], D, hidden, block, chunk, T)
+        more = {
+            "scan": 4 * D + 8 * hidden + 16 * states,
+            "retrieve": 10 * D + 6 * hidden,
+            "coefficients": 4 * block + 4,
+        }
+        return Cost(once.flop, once.bytes + more[name[:-1]])
+    readers = 4 * matrix + block * (6 * D + 2 * hidden)  # FLOP of inputs_backward
     return {
         "scan": Cost(
             20 * matrix + 6 * block * wide,
-            8 * D + 6 * hidden + 4 * block / chunk + 8 + 40 * matrix / block,
+            8 * D + 6 * hidden + 4 * block / chunk + 8 + 40 * states,
         ),
         "retrieve": Cost(
             8 * matrix + 4 * block * wide,
-            10 * D + 6 * hidden + 4 * block + 8 + 8 * matrix / block,
+            10 * D + 6 * hidden + 4 * block + 8 + 8 * states,
         ),
         "recall": Cost(4 * matrix, 4 * D + 4 * matrix / T),
         "coefficients": Cost(0, 6 + 4 * block + 16),
+        "retrieve_backward": Cost(
+            4 * matrix + block * (6 * D + 8 * hidden),
+            30 * D + 20 * hidden + 8 * block + 16 + 8 * D / block + 4 * states,
+        ),
+        "scan_backward": Cost(
+            44 * matrix + 12 * block * wide,
+            36 * D + 38 * hidden + 24 + (12 * block + 16) / chunk + 52 * states,
+        ),
+        "inputs_backward q": Cost(readers, 16 * D + 8 * hidden + 12 * block + 24 + 4 * states),
+        "inputs_backward k": Cost(
+            readers,
+            12 * D + 8 * hidden + 4 * block + 8 + (4 * block + 8) / chunk + 4 * states,
+        ),
+        "coefficients_backward": Cost(0, 10 + 36 + 16 * block),
     }[name]
 
 
 def forward_flop(shape: Shape, mode: str, arch: str = "sm_90") -> int | None:
-    """Of the kernels' passes over all tokens; None for what is not written down."""
+    """Of the kernels' passes over all tokens; None for other modes."""
     if mode != FORWARD:
         return None
     block = tile(shape.D, shape.hidden, torch.bfloat16, arch, shape.chunk).block
@@ -90,20 +156,19 @@ def forward_bytes(shape: Shape, arch: str = "sm_90") -> float:
     return shape.B * shape.T * shape.H * once
 
 
-def predict(shape: Shape, arch: str = "sm_90") -> dict[str, float]:
-    """Seconds of each pass of a forward call, by name."""
+def predict(shape: Shape, mode: str = FORWARD, arch: str = "sm_90") -> dict[str, float]:
+    """Seconds of each pass of a call, by name."""
     size = tile(shape.D, shape.hidden, torch.bfloat16, arch, shape.chunk)
     sizes = (shape.D, shape.hidden, size.block, shape.chunk, shape.T)
     tokens = shape.B * shape.T * shape.H
-    seconds = {
-        name: 1e-9 * tokens * cost(name, *sizes).floor
-        for name in ("coefficients", "scan", "retrieve")
-    }
+    seconds = {name: 1e-9 * tokens * cost(name, *sizes).floor for name in PASSES[mode]}
     blocks = Blocks.of(shape.chunk, size)
     steps = ceil(shape.T / blocks.tokens) * blocks.chunks
     wider = max(1.0, shape.D * shape.hidden / (64 * 256))
     turns = ceil(shape.B * shape.H / SMS)
-    return seconds | {"scan": max(seconds["scan"], turns * steps * wider * CHUNK_LATENCY)}
+    for name in seconds.keys() & CHUNK_LATENCY.keys():
+        seconds[name] = max(seconds[name], turns * steps * wider * CHUNK_LATENCY[name])
+    return seconds
 
 
 def measured(results: Path) -> dict[tuple[Shape, str], float]:
@@ -117,16 +182,31 @@ def measured(results: Path) -> dict[tuple[Shape, str], float]:
     return found
 
 
-def table(results: Path) -> list[str]:
+COLUMNS = {
+    FORWARD: {name: (name,) for name in FORWARD_PASSES},
+    BOTH: {
+        "forward": FORWARD_PASSES,
+        "again": BACKWARD_PASSES[:3],
+        "retrieve'": ("retrieve_backward",),
+        "scan'": ("scan_backward",),
+        "inputs'": ("inputs_backward q", "inputs_backward k"),
+        "gates'": ("coefficients_backward",),
+    },
+}
+
+
+def table(results: Path, mode: str = FORWARD) -> list[str]:
     """Predictions over T, batch and chunk, each beside its measurement if there is one."""
     there = measured(results)
-    head = ("B x H x D", "T", "chunk", "coefficients", "scan", "retrieve", "sum ms", "measured ms")
-    rows = [" ".join(f"{x:>12}" for x in head)]
+    columns = COLUMNS[mode]
+    head = ("B x H x D", "T", "chunk", *columns, "sum ms", "measured ms")
+    rows = ["", f"{mode}, ms", " ".join(f"{x:>12}" for x in head)]
     for D, B, T, chunk in product((64, 128), (1, 8), (2048, 8192, 32768), (16, 64)):
         shape = Shape(T, chunk, B, 16, D)
-        parts = predict(shape)
-        real = there.get((shape, FORWARD))
-        cells = [f"{B} x 16 x {D}", T, chunk, *(f"{1e3 * x:.3f}" for x in parts.values())]
+        parts = predict(shape, mode)
+        real = there.get((shape, mode))
+        cells = [f"{B} x 16 x {D}", T, chunk]
+        cells += [f"{1e3 * sum(parts[x] for x in names):.3f}" for names in columns.values()]
         cells += [f"{1e3 * sum(parts.values()):.3f}", "-" if real is None else f"{1e3 * real:.3f}"]
         rows.append(" ".join(f"{x!s:>12}" for x in cells))
     return rows
@@ -136,7 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    print(*table(parser.parse_args(argv).results), sep="\n")
+    results = parser.parse_args(argv).results
+    for mode in COLUMNS:
+        print(*table(results, mode), sep="\n")
     return 0
 
 

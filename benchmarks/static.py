@@ -1,13 +1,14 @@
 """What the shipped kernels cost in machine code, without a GPU: `python -m benchmarks.static`
 
 Compiles every kernel for every target with the tile that ships, in bfloat16, chunks of 16, hidden
-4 D; scan, which holds a chunk, for chunks of 64 too. Prints registers, bytes of stack and of shared
-memory, instructions and how many of them are products on tensor cores, and what a token of a head
-costs. `--check` judges all of it by limits and by the ceilings recorded for the installed Triton,
-`--record` records them. Any other case:
+4 D; scan, which holds a chunk, for chunks of 64 too. A "+" marks what backward computes again of
+forward, and keeps more of; inputs_backward is compiled for queries (q) and for keys (k). Prints
+registers, bytes of stack and of shared memory, instructions and how many of them are products on
+tensor cores, and what a token of a head costs. `--check` judges all of it by limits and by the
+ceilings recorded for the installed Triton, `--record` records them. Any other case:
 
-    python -m benchmarks.offline benchmarks.static:launch --arch sm_90 \\
-        --case '{"head_dim": 64, "arch": "sm_90", "dtype": "float32", "depth": 1, "chunk": 64}'
+    python -m benchmarks.offline benchmarks.static:launch --arch sm_90 --case \\
+        '{"head_dim": 64, "arch": "sm_90", "dtype": "float32", "depth": 1, "backward": true}'
 
 FLOP, bytes and the floor, the slower of the two on an H200, are those of model.py.
 """
@@ -18,8 +19,8 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from math import nan
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -33,11 +34,8 @@ from .machine_code import ARCHITECTURES, Report
 from .model import Cost
 from .offline import compiling
 
-KERNELS = ("coefficients", "scan", "retrieve", "recall")
-BACKWARD = {  # what a backward pass launches: forward's, which then keep more, and its own
-    *(f"{name}_kernel" for name in KERNELS[:3]),
-    *(f"{name}_backward_kernel" for name in ("retrieve", "scan", "inputs", "coefficients")),
-}
+FORWARD = (*model.FORWARD_PASSES, "recall")
+KERNELS = (*FORWARD, *model.BACKWARD_PASSES)
 HEAD_DIMS = (64, 128, 256)
 T, H = 2048, 16
 CHUNK, LONG_CHUNK = 16, 64
@@ -45,7 +43,12 @@ CHUNK, LONG_CHUNK = 16, 64
 PRODUCTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 SMALL_SHARED_MEMORY = 99 * 1024  # bytes on sm_86, sm_89 and sm_120, which sm_80's tiles serve too
 ROWS = {"sm_90": 64, "sm_100": 64}  # fewer, as in blocks of 32, take the tensor cores of sm_80
-BACKWARD_STACK = 512  # bytes
+# Bytes that a thread may spill, see most_stack. Backward has pointers of twenty tensors and more.
+STACK = {"scan+": 32, "retrieve+": 16, "scan_backward": 8}
+STACK_ELSEWHERE = {  # of sm_80: no schedule and no slice has much fewer
+    "scan_backward": 400,  # D 256, Triton 3.6; 336 with 3.9
+    "inputs_backward q": 272,  # D 64, Triton 3.6; 248 with 3.9
+}
 CEILINGS = Path(__file__).parents[1] / "tests" / "static_ceilings.json"
 
 
@@ -76,8 +79,10 @@ def launch(
 
 
 def name(report: Report) -> str:
+    """Of KERNELS."""
     keeps = "+" if report.constants.get("KEEP") == "True" else ""
-    return report.kernel.removesuffix("_kernel") + keeps
+    reader = {"True": " k", "False": " q"}.get(report.constants.get("KEYS", ""), "")
+    return report.kernel.removesuffix("_kernel") + keeps + reader
 
 
 def head_dim(report: Report) -> int:
@@ -96,9 +101,7 @@ def key(report: Report) -> str:
 
 
 def cost(report: Report) -> Cost:
-    """Of chunks and hidden widths as in `launch`; of backward's, nothing is written down."""
-    if name(report) not in KERNELS:
-        return Cost(nan, nan)
+    """Of hidden widths as in `launch`."""
     D, block = head_dim(report), int(report.constants["BT"])
     return model.cost(name(report), D, 4 * D, block, chunk_size(report), T)
 
@@ -109,15 +112,20 @@ def fewest_products(report: Report) -> int:
     One instruction sums over 16 elements at most, on every target: listed is what the products sum
     over, all together.
     """
-    if name(report) not in KERNELS[1:]:
+    which = name(report).rstrip("+").split()[0]
+    if which.startswith("coefficients"):
         return 0
     BD, BT, BH = (int(report.constants[size]) for size in ("BD", "BT", "BH"))
+    BR, BN = min(BD, 64), min(BH, 32)  # of D and of the hidden dimension at a time, backwards
     summed = {
         "scan": 6 * BD + 7 * BT + 3 * BH,
         "retrieve": 3 * BD + 2 * BT + 3 * BH,
         "recall": BD + BH,
+        "retrieve_backward": 4 * BR + 4 * BT + BH,
+        "scan_backward": 10 * BR + 4 * BN + 15 * BT + 5 * BH,
+        "inputs_backward": BR + 2 * BT + 3 * BH,
     }
-    return summed[name(report)] // 16
+    return summed[which] // 16
 
 
 def narrow_loads(report: Report) -> int:
@@ -141,16 +149,17 @@ def version() -> str:
 
 
 def most_stack(report: Report) -> int:
-    """Bytes a thread may spill: none where kernels are meant to be fast.
+    """Bytes a thread may spill: none where kernels are meant to be fast, but what STACK says.
 
-    Chunks of 64 at D 128 do, 24 bytes, with Triton 3.9 and not with 3.6.
+    That is on gfx942, and on sm_90 and sm_100 up to D 128 in chunks of 16. Chunks of 64 at D 128
+    do, 24 bytes, with Triton 3.9 and not with 3.6.
     """
-    if name(report) not in KERNELS:
-        return BACKWARD_STACK
-    strict = report.arch in ("sm_90", "sm_100") and head_dim(report) <= 128
-    if strict and chunk_size(report) == CHUNK:
+    if report.arch == "gfx942":
         return 0
-    return 32 if strict else 256
+    strict = report.arch in ("sm_90", "sm_100") and head_dim(report) <= 128
+    if strict:
+        return STACK.get(name(report), 0) if chunk_size(report) == CHUNK else 32
+    return STACK_ELSEWHERE.get(name(report), 256) if report.arch == "sm_80" else 256
 
 
 def problems(reports: Iterable[Report], ceilings: dict[str, dict[str, int]]) -> list[str]:
@@ -216,22 +225,22 @@ def row(cells: Iterable[object]) -> str:
     return "".join(f"{cell!s:<{-w}}" if w < 0 else f"{cell!s:>{w}}" for cell, w in cells)
 
 
-def compiled(
-    architectures: Iterable[str], head_dims: Iterable[int], backward: bool = False
-) -> Iterable[list[Report]]:
+def compiled(architectures: Iterable[str], head_dims: Iterable[int]) -> Iterable[list[Report]]:
     """Reports of a launch at a time; coefficients are the same for every head dimension."""
     for arch in architectures:
         seen: set[str] = set()
         for size in head_dims:
-            with compiling(arch, BACKWARD if backward else None) as reports:
-                launch(size, arch, backward=backward)
-            wide: list[Report] = []
-            if not backward:
-                with compiling(arch, {"scan_kernel"}) as wide:
-                    launch(size, arch, chunk=LONG_CHUNK)
-            new = [report for report in (*reports, *wide) if key(report) not in seen]
-            seen |= {key(report) for report in new}
-            yield new
+            launches: tuple[tuple[set[str] | None, dict[str, Any]], ...] = (
+                (None, {}),
+                ({"scan_kernel"}, {"chunk": LONG_CHUNK}),
+                (None, {"backward": True}),
+            )
+            for only, options in launches:
+                with compiling(arch, only) as reports:
+                    launch(size, arch, **options)
+                new = {key(report): report for report in reports if key(report) not in seen}
+                seen |= new.keys()
+                yield list(new.values())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -240,7 +249,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--head-dim", nargs="+", type=int, default=HEAD_DIMS)
-    parser.add_argument("--backward", action="store_true", help="backward's kernels, not forward's")
     parser.add_argument("--check", action="store_true", help="judge; the exit code says how")
     parser.add_argument("--record", action="store_true", help="make this the ceilings")
     options = parser.parse_args(argv)
@@ -248,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Triton {triton.__version__}; FLOP, bytes and floor of a token and head")
     print(row(COLUMNS), flush=True)
     reports = []
-    for batch in compiled(options.arch, options.head_dim, options.backward):
+    for batch in compiled(options.arch, options.head_dim):
         print(*map(line, batch), sep="\n", flush=True)
         reports += batch
     if options.record:

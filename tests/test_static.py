@@ -18,41 +18,41 @@ ROOT = Path(__file__).parents[1]
 SECOND = os.environ.get("SECOND_TRITON", f"{sys.prefix}/triton-3.6.0")
 
 
-FORWARD = {arch: ("64", "128", "256") for arch in ARCHITECTURES}
-# The second version compiles fewer sizes, and of backward's kernels, which take longest, few are.
 CHECKS = {
-    **{f"{arch}": ("", arch, *sizes) for arch, sizes in FORWARD.items()},
-    **{f"second, {arch}": (SECOND, arch, *sizes[:2]) for arch, sizes in FORWARD.items()},
-    "backward, sm_90": ("", "sm_90", "64", "128", "--backward"),
-    "backward, sm_100": ("", "sm_100", "64", "--backward"),
-    "backward, second, sm_90": (SECOND, "sm_90", "64", "--backward"),
+    **{arch: ("", arch) for arch in ARCHITECTURES},
+    **{f"second, {arch}": (SECOND, arch) for arch in ARCHITECTURES},
 }
 
 
 # A process each: they do not interpret, some have another Triton, and two workers share them.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "path, arch, sizes", [(p, a, s) for p, a, *s in CHECKS.values()], ids=CHECKS
-)
-def test_shipped_kernels(path, arch, sizes, tmp_path):
+@pytest.mark.parametrize("path, arch", CHECKS.values(), ids=CHECKS)
+def test_shipped_kernels(path, arch, tmp_path):
     if path and not Path(path, "triton").is_dir():
         pytest.skip(f"no {path}; `make test` installs it")
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)} | ({"PYTHONPATH": path} if path else {})
     command = [sys.executable, "-m", "benchmarks.static", "--check", "--arch", arch]
-    command += ["--head-dim", *sizes]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    kernels = static.KERNELS if "--backward" not in sizes else ("scan_backward", "inputs_backward")
-    assert all(f"\n{kernel} " in done.stdout for kernel in kernels)
+    assert all(f"\n{kernel} " in done.stdout for kernel in static.KERNELS)
     assert done.stdout.startswith("Triton 3.6") or not path
 
 
 def test_ceilings_are_recorded():
-    """Of the versions that are compiled with in tests, every forward kernel's."""
-    wanted = {f"scan, D {D}, {arch}" for arch, sizes in FORWARD.items() for D in sizes}
+    """Of the versions that are compiled with in tests, those of every kernel and no other."""
+    wide = [kernel for kernel in static.KERNELS if not kernel.startswith("coefficients")]
+    wanted = {
+        f"{kernel}, {arch}"
+        for arch in ARCHITECTURES
+        for kernel in (
+            *(kernel for kernel in static.KERNELS if kernel not in wide),
+            *(f"{kernel}, D {D}" for kernel in wide for D in static.HEAD_DIMS),
+            *(f"scan, D {D}, chunk 64" for D in static.HEAD_DIMS),
+        )
+    }
     for version in ("3.6", "3.9"):
-        assert wanted <= static.recorded()[version].keys()
+        assert wanted == static.recorded()[version].keys()
 
 
 # -------------------------------------------------------------------------------- the check itself
@@ -92,6 +92,8 @@ def _report(**changes):
             "at most 256",
         ),
         ({"stack": 264, "arch": "sm_80", "tensor_core": {"HMMA": 256}}, "at most 256"),
+        ({"stack": 72, "kernel": "scan_backward_kernel"}, "at most 8"),
+        ({"stack": 8, "kernel": "retrieve_backward_kernel"}, "at most 0"),
         ({"shared": 126_977}, "126,977 bytes of shared memory, recorded 126,976"),
         ({"shared": 232_449}, "232,449 bytes of shared memory, at most 232,448"),
         ({"traps": 1}, "1 traps, at most 0"),
@@ -109,6 +111,29 @@ def test_check(changes, problem):
     }
     found = static.problems([_report(**changes)], ceilings)
     assert not found if problem is None else any(problem in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("kernel", "products"),
+    [
+        ("scan", 6 * 128 + 7 * 64 + 3 * 64),
+        ("retrieve", 3 * 128 + 2 * 64 + 3 * 64),
+        ("retrieve_backward", 4 * 64 + 4 * 64 + 64),
+        ("scan_backward", 10 * 64 + 4 * 32 + 15 * 64 + 5 * 64),
+        ("inputs_backward", 64 + 2 * 64 + 3 * 64),
+        ("coefficients_backward", 0),
+    ],
+)
+def test_products_and_costs_are_known(kernel, products):
+    """Of what backward launches too: what products sum over at least, by 16 elements at a time."""
+    sizes = {"D": "128", "BD": "128", "BT": "64", "BH": "64", "CHUNK": "16"}
+    reader = {"KEYS": "True"} if kernel == "inputs_backward" else {}
+    keeps = {"KEEP": "True"} if kernel in ("scan", "retrieve") else {}
+    report = _report(kernel=f"{kernel}_kernel", constants=sizes | reader | keeps)
+    assert static.name(report) in static.KERNELS
+    assert static.fewest_products(report) == products // 16
+    cost = static.cost(report)
+    assert cost.bytes > 0 and (cost.flop > 0) == (products > 0)
 
 
 def test_record_keeps_other_versions_and_kernels(tmp_path, monkeypatch):

@@ -58,7 +58,8 @@ class GatedLinearAttention(nn.Module):
 
 
 Mixer = Callable[[], nn.Module]
-_lmm = partial(TitansLMM, DIM, heads=HEADS, n_persistent=0, expansion=EXPANSION)
+_memory = {"heads": HEADS, "expansion": EXPANSION, "residual": False, "max_learning_rate": 0.3}
+_lmm = partial(TitansLMM, DIM, **_memory)
 
 
 def _shut(gate: str) -> nn.Module:
@@ -84,11 +85,15 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("memory", f"TitansLMM, depth 2, expansion {EXPANSION}, chunk 16", _lmm),
+        Kind(
+            "memory",
+            f"TitansLMM: depth 2, expansion {EXPANSION}, no residual, theta up to 0.3",
+            _lmm,
+        ),
         Kind(
             "mag",
             f"TitansMAG, the same memory, window {WINDOW}",
-            partial(TitansMAG, DIM, heads=HEADS, window=WINDOW, expansion=EXPANSION),
+            partial(TitansMAG, DIM, window=WINDOW, **_memory),
         ),
         Kind(
             "window",

@@ -8,12 +8,12 @@ tokens of their own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-KEYS, VALUES, FILLER = 32, 32, 16
+KEYS, VALUES, FILLER = 16, 16, 16
 VOCABULARY = KEYS + VALUES + FILLER
 NO_ANSWER = -100  # what cross_entropy ignores
 
@@ -47,14 +47,20 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("mqar", 8, 16, True, (64, 128), (64, 128, 256, 512, 1024)),
-        Task("needle", 1, 1, False, (64, 128), (64, 128, 256, 512, 1024)),
+        Task("mqar", 4, 32, True, (64, 128), (64, 128, 256, 512, 1024)),
+        Task("needle", 1, 8, False, (64, 128), (64, 128, 256, 512, 1024)),
     )
 }
 
 
-def texts(task: Task, n: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """n texts: (tokens [n, length], answers [n, length], NO_ANSWER but at the questions)."""
+def texts(
+    task: Task, n: int, length: int, generator: torch.Generator, pairs: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """n texts: (tokens [n, length], answers [n, length], NO_ANSWER but at the questions).
+
+    With `pairs` they have fewer than the task's, which is where training starts to learn.
+    """
+    task = replace(task, pairs=pairs or task.pairs)
     if length < (takes := task.shortest if task.spread else 16 * task.pairs + task.questions):
         raise ValueError(f"length: got {length}, takes at least {takes} in task {task.name}")
 

@@ -18,11 +18,14 @@ from .tasks import NO_ANSWER, VOCABULARY, Task, texts
 class Schedule:
     """How long, how much at once, how fast; the same for every model."""
 
-    steps: int = 400
-    tokens: int = 2048  # of a step
-    rate: float = 3e-3
+    steps: int
+    tokens: int = 1024  # of a step
+    rate: float = 5e-3
     warm_up: int = 20
     asked: int = 128  # texts of every length in the evaluation
+
+
+SCHEDULES = {"mqar": Schedule(600), "needle": Schedule(400)}
 
 
 @dataclass
@@ -65,7 +68,9 @@ def run(task: Task, kind: str, seed: int, schedule: Schedule) -> Run:
     start, losses = time.perf_counter(), []
     for step in range(schedule.steps):
         length = task.lengths[step % len(task.lengths)]
-        tokens, answers = texts(task, schedule.tokens // length, length, generator)
+        # Texts of one pair are learned from first, and show how those of many are read.
+        pairs = int(torch.randint(1, task.pairs + 1, (), generator=generator))
+        tokens, answers = texts(task, schedule.tokens // length, length, generator, pairs)
         # Warm up, then down to a tenth in a line.
         left = 1 - 0.9 * step / schedule.steps
         for group in optimizer.param_groups:

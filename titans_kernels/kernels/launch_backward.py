@@ -187,6 +187,7 @@ def scan_backward(
         p_ask=tokens.ask,
         group=first_block,
         blocks=problem.group,
+        width=q.shape[-1],
         BC=max(16, triton.next_power_of_2(chunk)),
         **_sizes(tokens, scratch, problem),
         **problem.options(len(scratch.d)),

@@ -82,6 +82,7 @@ def scan_backward_kernel(
     group,
     blocks,
     hidden,
+    width,  # D
     BLOCKS: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -271,8 +272,9 @@ def scan_backward_kernel(
                     b_dd2 = tl.zeros([BT, BC], ACC)  # d by d
                     tl.debug_barrier()
 
-                # The whole gradient of the chunk's last errors.
-                for i in tl.range(0, D, BR, num_stages=1, disable_licm=True):
+                # The whole gradient of the chunk's last errors. A loop whose one turn is known when
+                # it is compiled is no loop, and what it holds then fills registers all along.
+                for i in tl.range(0, width, BR, num_stages=1, disable_licm=True):
                     m_r = i + o_r < D
                     o_f, m_f = o_c[None, :] * D + (i + o_r)[:, None], m_c[None, :] & m_r[:, None]
                     o_ft = o_i[None, :] * D + (i + o_r)[:, None]

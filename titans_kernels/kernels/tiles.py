@@ -79,50 +79,51 @@ _ALL_4 = dict.fromkeys(
 ANY = 2**63
 
 # Head dimensions and chunks up to the first two numbers take the tile; chunks set the width of what
-# scan holds. Above it, of scan, retrieve and recall: registers and, where a thread has any, bytes
-# of stack (Triton 3.9 and, where much differs, 3.6; `python -m benchmarks.static`). A row that
-# `python -m benchmarks.tune` wrote says what it measured instead.
+# scan holds. Above it, of scan, retrieve and recall, then of retrieve, scan and inputs backwards:
+# registers and, where a thread has any, bytes of stack (Triton 3.9 and, where much differs, 3.6;
+# `python -m benchmarks.static`). A row that `python -m benchmarks.tune` wrote says what it measured
+# instead.
 _HALF = {
     # sm_80's also fit sm_86, sm_89 and sm_120, which have 99 KiB of shared memory to a program.
     "sm_80": (
-        # 244, 255, 166
+        # 244, 255, 166; 255, 255 and 120, 255 and 248
         (64, ANY, Tile(64, 32, 32, scan=_4, retrieve=_4x2, recall=_4x2)),
-        # 255, 255, 174
+        # 255, 255, 174; 229, 255 and 232, 255 and 112
         (128, ANY, Tile(64, 32, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
-        # 255, 255 and 144, 169
+        # 255, 255, 169; 255 and 8, 255 and 336, 255 and 16. Retrieve of 32 queries: 255 and 272
         (256, ANY, Tile(32, 32, 16, scan=_8, retrieve=_8x2, recall=_8x2)),
     ),
     "sm_90": (
-        # 224, 232, 128
+        # 224, 243, 128; 236, 255 and 64, 202
         (64, 32, Tile(64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
-        # 238, 232, 128; of 4 warps: 255 and 48
+        # 238, 243, 128; 244, 255 and 656, 202. Scan of 4 warps: 255 and 48
         (64, ANY, Tile(64, 64, 64, scan=_8, retrieve=_8x2, recall=_4x2)),
-        # 228, 193, 105; of 64 queries: 255 and 40
+        # 228, 228, 105; 182, 255 and 48, 254
         (128, 32, Tile(64, 64, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
-        # 255 and 24 (3.6: 255), 195, 105; of a block of 64: 255 and 112
+        # 255 and 24 (3.6: 255), 216, 105. Scan of a block of 64: 255 and 112
         (128, ANY, Tile(32, 64, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
-        # 255 and 72 (3.6: 255), 255 and 120 (3.6: 242), 181
+        # 255 and 72 (3.6: 255), 254, 181; 185, 255 and 80, 255 and 8. Of 32 queries: 255 and 232
         (256, 32, Tile(64, 64, 16, scan=_8, retrieve=_8, recall=_8x2)),
-        # 255 and 40, 255 and 8, 181; of a block of 64: 255 and 832
+        # 255 and 40, 211, 181; scan backwards 255 and 248. Scan of a block of 64: 255 and 832
         (256, ANY, Tile(32, 64, 16, scan=_8, retrieve=_8, recall=_8x2)),
     ),
     "sm_100": (
-        # 198, 154, 121
+        # 198, 125, 121; 169, 243, 218
         (64, ANY, Tile(64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
-        # 201, 208, 120
+        # 201, 184, 120; 170, 255, 224
         (128, ANY, Tile(64, 64, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
-        # 232, 255, 255
+        # 232, 162, 255; 254, 255 and 24, 226. Retrieve of 64 queries: 255 and 32 (3.6: and 288)
         (256, 32, Tile(64, 64, 32, scan=_8, retrieve=_8, recall=_8x2)),
         # 255 and 88; a block of 64 takes more tensor memory than there is, and traps (3.6)
         (256, ANY, Tile(32, 64, 32, scan=_8, retrieve=_8, recall=_8x2)),
     ),
-    # Up to 512 registers, for 4 warps; of 8, scan's backward has 256 and 332 bytes of stack.
+    # Up to 512 registers, for 4 warps; of 8, scan_backward has 256 and 332 bytes of stack.
     "gfx942": (
-        # 288 (3.6: 432), 262, 160
+        # 288 (3.6: 432), 262, 160; 240, 412, 285
         (64, ANY, Tile(64, 64, 64, **_ALL_4)),
-        # 272 (3.6: 383), 383, 208; of slices of 64: 362 (3.6: 512 and 204)
+        # 272 (3.6: 383), 404, 208; 382, 451, 288. Scan of slices of 64: 362 (3.6: 512 and 204)
         (128, ANY, Tile(64, 32, 64, **_ALL_4)),
-        # 251 (3.6: 383), 332, 194; of a block of 64: 360 (3.6: 512 and 364)
+        # 251 (3.6: 383), 362, 194; 228, 283, 273. Scan of a block of 64: 360 (3.6: 512 and 364)
         (256, ANY, Tile(32, 64, 32, **_ALL_4)),
     ),
 }
