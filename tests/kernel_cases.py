@@ -144,6 +144,8 @@ def _shapes():
     yield Case("tile 64x64, whole chunks", 70, 16, hidden=64, tile=(64, 64))
     yield Case("tile 64x64, ragged chunks", 70, 20, hidden=64, tile=(64, 64), per_layer=True)
     yield Case("tile 64x64, chunk over blocks", 150, 100, hidden=64, tile=(64, 64), norm=False)
+    yield Case("tile 64x64, one chunk a block", 150, 64, hidden=64, tile=(64, 64), past=(50,))
+    yield Case("tile 32x32, chunk of 64", 150, 64, per_layer=True, tile=(32, 32), past=(50,))
     yield Case("tile 64x64, linear", 70, 16, depth=1, D=64, tile=(64, 64))
     yield Case("tile 64x64, packed", 80, 16, lengths=(65, 0, 15), tile=(64, 64), past=(3, 20, 40))
     yield Case("tile 64x64x32", 70, 16, hidden=96, tile=(64, 64, 32), H=2)
