@@ -28,6 +28,7 @@ bench = ["matplotlib", "tqdm"]
 hf = ["transformers>=5.23"]  # older releases of 5 call caches and configurations otherwise
 train = ["tqdm", *hf]
 dev = [
+    "accelerate",  # what transformers' Trainer needs
     "hypothesis",
     "mypy",
     "ninja",

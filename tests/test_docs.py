@@ -8,6 +8,7 @@ import pytest
 
 import titans_kernels.adapt.attention
 import titans_kernels.adapt.replacing
+import titans_kernels.adapt.titans_pytorch
 import titans_kernels.layers.lmm
 import titans_kernels.layers.mac
 import titans_kernels.layers.mag
@@ -39,6 +40,7 @@ MODULES = [
     titans_kernels.layers.mal,
     titans_kernels.adapt.attention,
     titans_kernels.adapt.replacing,
+    titans_kernels.adapt.titans_pytorch,
     titans_kernels.models.configuration,
 ]
 

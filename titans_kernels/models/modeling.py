@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -34,7 +35,7 @@ class TitansMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class TitansDecoderLayer(nn.Module):
+class TitansDecoderLayer(GradientCheckpointingLayer):
     """x + block(norm(x)), then x + mlp(norm(x)); state in, state out."""
 
     def __init__(self, config: TitansConfig) -> None:
@@ -73,6 +74,11 @@ class TitansPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code that is not its own, transformers passes over modules without parameters of
+        # their own, an MLP for one. It needs not: `torch.nn.init` there spares what was loaded.
+        super()._initialize_weights(module)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -130,6 +136,8 @@ class TitansModel(TitansPreTrainedModel):
             caches = [memory_layer(past_key_values, i) for i in range(len(self.layers))]
         past = caches[0] is not None and caches[0].state is not None
 
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if cu_seqlens is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")
         rows = None if cu_seqlens is not None else rows_of(x, attention_mask, position_ids, past)
@@ -141,24 +149,22 @@ class TitansModel(TitansPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = TitansCache(len(self.layers))
             caches = list(past_key_values.layers)
+        seen = [x]
         if rows is not None:
             x, cu_seqlens = rows.pack(x), rows.cu_seqlens
 
-        seen = [x]
         for cache, layer in zip(caches, self.layers, strict=True):
             state = None if cache is None else cache.state
-            if self.gradient_checkpointing and self.training:
-                x, state = self._gradient_checkpointing_func(layer, x, state, cu_seqlens)
-            else:
-                x, state = layer(x, state, cu_seqlens)
+            x, state = layer(x, state, cu_seqlens)
             if cache is not None:
                 cache.store(state, T)
-            if output_hidden_states:
+            if output_hidden_states and rows is not None:
+                seen.append(rows.unpack(x))
+                x = rows.pack(seen[-1])  # so that what is shown has a gradient
+            elif output_hidden_states:
                 seen.append(x)
-        seen[-1] = x = self.norm(x)
-        if rows is not None:
-            seen = [rows.unpack(y) for y in seen] if output_hidden_states else seen
-            x = rows.unpack(x)
+        x = self.norm(x)
+        seen[-1] = x = x if rows is None else rows.unpack(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values,
