@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,13 +59,13 @@ class GatedLinearAttention(nn.Module):
 
 
 Mixer = Callable[[], nn.Module]
-_memory = {"heads": HEADS, "expansion": EXPANSION, "residual": False, "max_learning_rate": 0.3}
+_memory = {"heads": HEADS, "expansion": EXPANSION, "max_learning_rate": 0.3}
 _lmm = partial(TitansLMM, DIM, **_memory)
 
 
-def _shut(gate: str) -> nn.Module:
+def _shut(gate: str, **options: Any) -> nn.Module:
     """The memory with a gate that is exactly 0 and stays so: sigmoid(-inf)."""
-    block = _lmm()
+    block = TitansLMM(DIM, **{**_memory, **options})
     memory: NeuralMemory = block.memory
     bias, projection = getattr(memory, f"{gate}_bias"), getattr(memory, f"{gate}_proj")
     nn.init.constant_(bias, -math.inf)
@@ -87,7 +88,7 @@ KINDS = {
     for kind in (
         Kind(
             "memory",
-            f"TitansLMM: depth 2, expansion {EXPANSION}, no residual, theta up to 0.3",
+            f"TitansLMM: depth 2, expansion {EXPANSION}, theta up to 0.3",
             _lmm,
         ),
         Kind(
@@ -105,13 +106,23 @@ KINDS = {
             "gated linear attention, a decay per token and head, convolutions of 4",
             partial(GatedLinearAttention, DIM, HEADS),
         ),
+        Kind(
+            "delta",
+            "gated delta rule: a matrix, learned token by token, no norm, no momentum",
+            partial(_shut, "eta", depth=1, norm=False, chunk_size=1, max_learning_rate=0.5),
+        ),
         Kind("eta = 0", "memory without momentum", partial(_shut, "eta")),
         Kind("alpha = 0", "memory without forgetting", partial(_shut, "alpha")),
         Kind("depth 1", "memory that is one matrix, with its norm", partial(_lmm, depth=1)),
         Kind("no conv", "memory without convolutions", partial(_lmm, conv_size=None)),
+        Kind(
+            "theta 0.1",
+            "memory with theta up to 0.1, the layer's default",
+            partial(_lmm, max_learning_rate=0.1),
+        ),
     )
 }
-ABLATIONS = ("eta = 0", "alpha = 0", "depth 1", "no conv")
+ABLATIONS = ("eta = 0", "alpha = 0", "depth 1", "no conv", "theta 0.1")
 
 
 class Block(nn.Module):

@@ -19,10 +19,12 @@ STYLES = {
     "mag": ("#2e8b57", "D-"),
     "window": ("#c0504d", "s--"),
     "linear": ("0.45", "^--"),
+    "delta": ("#8c6d31", "P--"),
     "eta = 0": ("#5b9bd5", "v-"),
     "alpha = 0": ("#d39b2a", "<-"),
     "depth 1": ("#7f5fa9", ">-"),
     "no conv": ("#c0504d", "x-"),
+    "theta 0.1": ("0.2", "+-"),
 }
 
 
@@ -139,9 +141,9 @@ def _task_line(report: Report, name: str) -> str:
     trained = " and ".join(map(str, task.lengths))
     return (
         f"{task.pairs} pair(s) and {task.questions} questions: {where}, among filler. "
-        f"Trained on texts of {trained} tokens, of 1 to {task.pairs} pair(s): "
-        f"{schedule.steps} steps of {schedule.tokens:,} tokens, AdamW, learning rate "
-        f"{schedule.rate:g}. Asked: {schedule.asked} texts of every length."
+        f"Trained on texts of {trained} tokens: {schedule.steps} steps of {schedule.tokens:,} "
+        f"tokens, AdamW, learning rate {schedule.rate:g}. Asked: {schedule.asked} texts of every "
+        "length."
     )
 
 

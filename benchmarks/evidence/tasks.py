@@ -8,7 +8,7 @@ tokens of their own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,20 +47,14 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("mqar", 4, 32, True, (64, 128), (64, 128, 256, 512, 1024)),
+        Task("mqar", 8, 32, True, (64, 128), (64, 128, 256, 512, 1024)),
         Task("needle", 1, 8, False, (64, 128), (64, 128, 256, 512, 1024)),
     )
 }
 
 
-def texts(
-    task: Task, n: int, length: int, generator: torch.Generator, pairs: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """n texts: (tokens [n, length], answers [n, length], NO_ANSWER but at the questions).
-
-    With `pairs` they have fewer than the task's, which is where training starts to learn.
-    """
-    task = replace(task, pairs=pairs or task.pairs)
+def texts(task: Task, n: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """n texts: (tokens [n, length], answers [n, length], NO_ANSWER but at the questions)."""
     if length < (takes := task.shortest if task.spread else 16 * task.pairs + task.questions):
         raise ValueError(f"length: got {length}, takes at least {takes} in task {task.name}")
 
