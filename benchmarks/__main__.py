@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from . import report
 from .breakdown import breakdown
@@ -55,11 +56,13 @@ def main(argv: Sequence[str]) -> int:
     run = report.Report(machine, " ".join(["python -m benchmarks", *argv]))
     print(f"{machine.line()}\n{machine.ceiling()}\n\n{report.header()}", file=screen, flush=True)
     shapes = {case.name: case.quick if options.quick else case.shapes for case in cases}
-    for case in cases:
-        for shape, mode in product(shapes[case.name], case.modes):
+    todo = [(c, *what) for c in cases for what in product(shapes[c.name], c.modes)]
+    with tqdm(todo, unit="case", disable=None, leave=False) as progress:
+        for case, shape, mode in progress:
+            progress.set_description(f"{case.name}, T {shape.T}, {mode}")
             for row in measure(case, shape, mode, machine.matmul_flops, effort):
                 run.rows.append(row)
-                print(report.line(row), file=screen, flush=True)
+                progress.write(report.line(row), file=screen)
 
     for case, mode in ((c, m) for c in cases for m in c.modes if options.profile):
         shape = shapes[case.name][0]

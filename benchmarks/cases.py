@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from . import providers
 from .providers import Builder, Inputs
-from .shapes import BOTH, FORWARD, Shape, attention_flop, layer_flop, operator_flop
+from .shapes import (
+    BOTH,
+    FORWARD,
+    Shape,
+    attention_flop,
+    layer_flop,
+    operator_flop,
+    reading_flop,
+)
 
 OURS = "titans_kernels"
 
@@ -68,6 +76,19 @@ def leaves(x: Any, device: str, dtype: torch.dtype | None = None) -> Any:
 
 TINY = Shape(T=64, H=2, D=16)
 
+OPERATOR = Case(
+    "operator",
+    "The operator, beside causal softmax attention on the same q, k and v: another model, "
+    "for scale.",
+    providers.operator_inputs,
+    providers.defined_operator,
+    {OURS: providers.our_operator, "SDPA causal": providers.attention},
+    {OURS: operator_flop, "SDPA causal": attention_flop},
+    shapes=tuple(Shape(T=T, chunk=chunk) for chunk in (16, 64) for T in (1024, 4096, 16384)),
+    quick=(TINY,),
+)
+ALONE = replace(OPERATOR, providers={OURS: providers.our_operator}, flop={OURS: operator_flop})
+
 CASES = (
     Case(
         "layer",
@@ -91,16 +112,42 @@ CASES = (
         shapes=(Shape(T=512),),
         quick=(TINY,),
     ),
+    OPERATOR,
+    replace(
+        ALONE,
+        name="sizes",
+        about="The operator by chunk, by head dimension and by heads, one at a time from 4 heads "
+        "of 64 on.",
+        shapes=(
+            *(Shape(T=2048, chunk=chunk, H=4) for chunk in (16, 64, 256)),
+            *(Shape(T=2048, H=4, D=D) for D in (48, 96, 128, 256)),
+            *(Shape(T=2048, B=B, H=8) for B in (1, 8)),
+        ),
+    ),
+    replace(
+        OPERATOR,
+        name="bfloat16",
+        about="The same with q, k and v in bfloat16, which ours turns into float32 on a CPU.",
+        shapes=(Shape(T=4096),),
+        dtype=torch.bfloat16,
+        bound=2e-2,
+    ),
+    replace(
+        ALONE,
+        name="long",
+        about="The operator where attention is out of reach.",
+        shapes=(Shape(T=32768), Shape(T=131072)),
+    ),
     Case(
-        "operator",
-        "The operator, beside causal softmax attention on the same q, k and v: another model, "
-        "for scale.",
+        "retrieve",
+        "Questions to a memory that learns nothing from them.",
         providers.operator_inputs,
-        providers.defined_operator,
-        {OURS: providers.our_operator, "SDPA causal": providers.attention},
-        {OURS: operator_flop, "SDPA causal": attention_flop},
-        shapes=tuple(Shape(T=T, chunk=chunk) for chunk in (16, 64) for T in (1024, 4096, 16384)),
+        providers.defined_reading,
+        {OURS: providers.our_reading},
+        {OURS: reading_flop},
+        shapes=(Shape(T=4096),),
         quick=(TINY,),
+        modes=(FORWARD,),
     ),
     Case(
         "decode",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ COLOURS = {OURS: ("#1f4e9c", "#5b9bd5"), "SDPA causal": ("#c0504d",)}
 
 
 def draw(record: Path) -> list[Path]:
-    """Time over length, and ratios to ours, beside the JSON file; those that there are rows for."""
+    """By length, by chunk size and beside peers: the pictures that there are rows for."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,7 +35,9 @@ def draw(record: Path) -> list[Path]:
     )
     drawn = []
     figures = {
-        "time": _time_over_length(rows),
+        "time": _over_length(rows, "milliseconds a call", lambda row: (row.median_s or 0) * 1e3),
+        "memory": _over_length(rows, "peak MiB", lambda row: (row.peak_bytes or 0) / 2**20),
+        "chunks": _over_chunks(rows),
         "ratios": _ratios(rows),
         "roofline": _roofline(rows, machine),
     }
@@ -47,11 +50,13 @@ def draw(record: Path) -> list[Path]:
     return drawn
 
 
-def _time_over_length(rows: list[Row]) -> Any:
+def _over_length(rows: list[Row], label: str, value: Callable[[Row], float]) -> Any:
+    """What a call takes by the length of the text; rows that lack it are left out."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    rows = _of_one_size([row for row in rows if row.case == "operator"])
+    rows = [row for row in rows if row.case in ("operator", "long") and value(row)]
+    rows = _of_one_size(rows)
     if not rows:
         return None
     figure = Figure(figsize=(9, 4.2), layout=ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95)))
@@ -61,26 +66,53 @@ def _time_over_length(rows: list[Row]) -> Any:
             chunks = sorted({row.shape.chunk for row in rows})
             for chunk, colour in zip(chunks, colours, strict=False):
                 points = [
-                    (row.shape.T, (row.median_s or 0) * 1e3)
+                    (row.shape.T, value(row))
                     for row in rows
                     if (row.mode, row.provider, row.shape.chunk) == (mode, provider, chunk)
                 ]
                 if not points:
                     continue
                 ours = provider == OURS
-                label = f"{provider}, chunk {chunk}" if ours else provider
+                name = f"{provider}, chunk {chunk}" if ours else provider
                 style = "o-" if ours else "s--"
-                axis.plot(*zip(*sorted(points), strict=True), style, color=colour, label=label)
+                axis.plot(*zip(*sorted(points), strict=True), style, color=colour, label=name)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks(sorted({row.shape.T for row in rows}))
         axis.xaxis.set_major_formatter(lambda T, _: f"{T / 1024:g}k" if T >= 1024 else f"{T:g}")
         axis.set(title=mode, xlabel="tokens")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("milliseconds a call")
+    axes[0].set_ylabel(label)
     axes[0].legend(frameon=False)
     shape = rows[0].shape
     figure.suptitle(f"The operator, {shape.H} heads of {shape.D}, hidden {shape.hidden}")
+    return figure
+
+
+def _over_chunks(rows: list[Row]) -> Any:
+    """What a token costs by the chunk, and how much of the machine's products that is."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    rows = [row for row in rows if row.provider == OURS and row.case == "sizes"]
+    rows = [row for row in rows if (row.shape.B, row.shape.H, row.shape.D) == (1, 4, 64)]
+    chunks = sorted({row.shape.chunk for row in rows})
+    if len(chunks) < 2:
+        return None
+    figure = Figure(figsize=(6, 3.6), layout=ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95)))
+    axis = figure.subplots()
+    for i, (mode, colour) in enumerate(zip((FORWARD, BOTH), COLOURS[OURS], strict=True)):
+        found = {row.shape.chunk: row for row in rows if row.mode == mode}
+        shapes = [found[chunk] for chunk in chunks]
+        cost = [1e6 * (r.median_s or 0) / (r.shape.T * r.shape.H) for r in shapes]
+        places = [place + 0.4 * i - 0.2 for place in range(len(chunks))]
+        bars = axis.bar(places, cost, 0.36, color=colour, label=mode)
+        texts = [f"{r.of_ceiling:.0%}" if r.of_ceiling else "" for r in shapes]
+        axis.bar_label(bars, texts, fontsize=8)
+    axis.set_xticks(range(len(chunks)), [str(chunk) for chunk in chunks])
+    axis.set(xlabel="chunk size", ylabel="microseconds a token and head")
+    axis.legend(frameon=False)
+    figure.suptitle("The operator by chunk size; of the matrix product ceiling", fontsize=11)
     return figure
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import reference
-from titans_kernels import NeuralMemory, neural_memory
+from titans_kernels import NeuralMemory, neural_memory, retrieve
 from titans_kernels.layers import neural_memory as layer_module
 
 from .shapes import Shape
@@ -91,6 +91,12 @@ def our_operator(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
     return Task(call, leaves_of(inputs))
 
 
+def our_reading(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
+    """Every q of the memory as it begins."""
+    q, weights, norm = (inputs[name] for name in ("q", "weights", "norm"))
+    return Task(lambda: retrieve(q, weights, norm=norm, backend=backend), [])
+
+
 def our_layer(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
     x, layer = inputs["x"], _our_layer(inputs, shape, backend)
     return Task(lambda: layer(x)[0], [x, *layer.parameters()])
@@ -133,6 +139,11 @@ def defined_operator(inputs: Inputs, shape: Shape) -> Task:
         return reference.neural_memory(**inputs, chunk_size=shape.chunk)[0]
 
     return Task(call, leaves_of(inputs))
+
+
+def defined_reading(inputs: Inputs, shape: Shape) -> Task:
+    q, weights, norm = (inputs[name] for name in ("q", "weights", "norm"))
+    return Task(lambda: reference.retrieve(q, weights, norm=norm), [])
 
 
 def defined_layer(inputs: Inputs, shape: Shape) -> Task:

@@ -43,12 +43,6 @@ CHUNK, LONG_CHUNK = 16, 64
 PRODUCTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 SMALL_SHARED_MEMORY = 99 * 1024  # bytes on sm_86, sm_89 and sm_120, which sm_80's tiles serve too
 ROWS = {"sm_90": 64, "sm_100": 64}  # fewer, as in blocks of 32, take the tensor cores of sm_80
-# Bytes that a thread may spill, see most_stack. Backward has pointers of twenty tensors and more.
-STACK = {"scan+": 32, "retrieve+": 16, "scan_backward": 8}
-STACK_ELSEWHERE = {  # of sm_80: no schedule and no slice has much fewer
-    "scan_backward": 400,  # D 256, Triton 3.6; 336 with 3.9
-    "inputs_backward q": 272,  # D 64, Triton 3.6; 248 with 3.9
-}
 CEILINGS = Path(__file__).parents[1] / "tests" / "static_ceilings.json"
 
 
@@ -116,7 +110,8 @@ def fewest_products(report: Report) -> int:
     if which.startswith("coefficients"):
         return 0
     BD, BT, BH = (int(report.constants[size]) for size in ("BD", "BT", "BH"))
-    BR, BN = min(BD, 64), min(BH, 32)  # of D and of the hidden dimension at a time, backwards
+    BR = int(report.constants.get("BR", BD))
+    BN = min(BH, 32)  # of the hidden dimension at a time, backwards
     summed = {
         "scan": 6 * BD + 7 * BT + 3 * BH,
         "retrieve": 3 * BD + 2 * BT + 3 * BH,
@@ -149,17 +144,16 @@ def version() -> str:
 
 
 def most_stack(report: Report) -> int:
-    """Bytes a thread may spill: none where kernels are meant to be fast, but what STACK says.
+    """Bytes a thread may spill: none where kernels are meant to be fast.
 
     That is on gfx942, and on sm_90 and sm_100 up to D 128 in chunks of 16. Chunks of 64 at D 128
-    do, 24 bytes, with Triton 3.9 and not with 3.6.
+    do, 16 bytes, with Triton 3.9 and not with 3.6.
     """
     if report.arch == "gfx942":
         return 0
-    strict = report.arch in ("sm_90", "sm_100") and head_dim(report) <= 128
-    if strict:
-        return STACK.get(name(report), 0) if chunk_size(report) == CHUNK else 32
-    return STACK_ELSEWHERE.get(name(report), 256) if report.arch == "sm_80" else 256
+    if report.arch in ("sm_90", "sm_100") and head_dim(report) <= 128:
+        return 0 if chunk_size(report) == CHUNK else 16
+    return 256
 
 
 def problems(reports: Iterable[Report], ceilings: dict[str, dict[str, int]]) -> list[str]:

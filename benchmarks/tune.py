@@ -45,9 +45,12 @@ FIELDS: dict[str, tuple[Any, ...]] = {
         ("retrieve", "recall"), tuple(Schedule(w, s) for w in (4, 8) for s in (1, 2, 3))
     ),
 }
-BACKWARD: dict[str, tuple[Any, ...]] = dict.fromkeys(
-    ("retrieve_backward", "scan_backward", "inputs_backward"), (Schedule(4), Schedule(8))
-)
+BACKWARD: dict[str, tuple[Any, ...]] = {
+    "rows": (32, 64),
+    **dict.fromkeys(
+        ("retrieve_backward", "scan_backward", "inputs_backward"), (Schedule(4), Schedule(8))
+    ),
+}
 NAMES = {value: name for name, value in vars(tiles).items() if isinstance(value, Schedule)}
 
 
@@ -146,7 +149,7 @@ def _tile(record: dict[str, Any]) -> Tile:
 
 def written(tile: Tile) -> str:
     """As in the table, without what is as it would be anyway."""
-    plain, parts = Tile(), [f"{tile.block}, {tile.slice}, {tile.queries}"]
+    plain, parts = Tile(), [f"{tile.block}, {tile.slice}, {tile.queries}, {tile.rows}"]
     for name, value in vars(tile).items():
         if isinstance(value, Schedule) and value != getattr(plain, name):
             default = f"Schedule({value.warps}, {value.stages})"

@@ -32,7 +32,7 @@ class Case:
     residual: bool = True
     activation: str = "gelu_tanh"
     per_layer: bool = False  # gates
-    tile: tuple[int, ...] = (16, 16)  # tokens to a block, hidden units to a slice, queries at once
+    tile: tuple[int, ...] = (16, 16)  # block, slice, queries, rows
     group: int | None = None  # blocks of a sequence at a time; None: as many as fit into 2,048
     lengths: tuple[int, ...] | None = None  # of packed sequences, T in all
     past: tuple[int, ...] | None = None  # tokens that each sequence has behind it
@@ -111,7 +111,9 @@ def _sizes():
             residual=turn.random() < 0.6,
             activation=turn.choice(ACTIVATIONS),
             per_layer=turn.random() < 0.5,
-            tile=turn.choice(((16, 16), (16, 32), (32, 16), (32, 32), (32, 16, 16))),
+            tile=turn.choice(
+                ((16, 16), (16, 32), (32, 16), (32, 32), (32, 16, 16), (16, 16, 16, 16))
+            ),
             group=turn.choice((None, 1, 2)),
             past=None if behind is None else (behind,),
             seed=turn.randrange(1000),
@@ -153,6 +155,7 @@ def _shapes():
         "tile 64x32x32, packed", 80, 20, lengths=(33, 0, 47), tile=(64, 32, 32), past=(0, 9, 40)
     )
     yield Case("tile 64x32x16, linear", 70, 5, depth=1, D=48, tile=(64, 32, 16), past=(33,))
+    yield Case("tile 32x32x32x16", 70, 16, D=48, hidden=64, tile=(32, 32, 32, 16), past=(5,))
     yield Case("tile 16x64", 33, 16, hidden=128, tile=(16, 64))
     yield Case("tile 64x16", 70, 16, hidden=48, tile=(64, 16))
     yield Case("tile 128x16", 150, 16, depth=1, tile=(128, 16))

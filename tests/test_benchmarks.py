@@ -48,7 +48,7 @@ def test_a_quick_run_records_everything(tmp_path):
         assert row["calls"] > 0 and row["tokens_per_s"] > 0 and row["time_ratio"] > 0
         assert row["peak_bytes"] >= 0
         if row["provider"] == OURS:
-            assert row["time_ratio"] == 1 and 0 <= row["error"] < 1e-4
+            assert row["time_ratio"] == 1 and 0 <= row["error"] <= BY_NAME[row["case"]].bound
             assert row["case"] == "decode" or (row["flop"] > 0 and row["of_ceiling"] > 0)
     assert machine["matmul_flops"] > 0 and machine["threads"] == 1
     assert all(machine[name] for name in ("device", "torch", "python", "commit", "date"))
@@ -141,7 +141,7 @@ def inside(op):
 
 
 @pytest.mark.parametrize("mode", [FORWARD, BOTH])
-@pytest.mark.parametrize("chunk", [16, 64])
+@pytest.mark.parametrize("chunk", [16, 64, 256])
 def test_formula_counts_the_products_that_are_done(chunk, mode):
     """All but those of the gates' coefficients, less than a twentieth."""
     case, shape = BY_NAME["layer"], Shape(T=256, chunk=chunk, H=2)

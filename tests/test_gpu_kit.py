@@ -49,7 +49,7 @@ def test_rehearsal(tmp_path):
     assert problems <= {"ncu is not here", "compute-sanitizer is not here"}
     assert all("begun" not in row for stage in STAGES for row in journal.stage(stage).values())
     timed = [row for step in journal.stage("bench").values() for row in step.get("rows", ())]
-    assert {row["case"] for row in timed} == {"operator", "layer", "decode"}
+    assert {row["case"] for row in timed} == {"operator", "retrieve", "layer", "decode"}
     assert "No module named 'fla'" in str(timed) or "fla" in sys.modules
 
     page = tmp_path / "README.md"

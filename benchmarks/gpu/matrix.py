@@ -15,13 +15,14 @@ from ..providers import Builder
 from ..shapes import FORWARD, Shape, attention_flop
 
 TORCH = "PyTorch backend"
-BOUNDS = {"operator": 2e-2, "compiled": 2e-2, "layer": 5e-2, "decode": 5e-2}
+BOUNDS = {"operator": 2e-2, "compiled": 2e-2, "retrieve": 2e-2, "layer": 5e-2, "decode": 5e-2}
 SHAPES = {
     "operator": (
         *(Shape(T, 16, B, 16) for B in (1, 8) for T in (2048, 8192, 32768)),
         *(Shape(8192, chunk, 8, 16, D) for D, chunk in ((64, 64), (128, 16), (128, 64), (256, 16))),
     ),
     "compiled": (Shape(8192, 16, 8, 16),),
+    "retrieve": (Shape(8192, 16, 8, 16),),
     "layer": (Shape(2048, 16, 8, 16), Shape(8192, 16, 4, 16)),
     "decode": (Shape(1032, 16, 1, 16), Shape(1032, 16, 64, 16)),
 }
@@ -30,7 +31,7 @@ SHAPES = {
 def cases(rehearse: bool = False) -> tuple[Case, ...]:
     """The CPU's cases with a name in SHAPES, in bfloat16 on the GPU; or as they are, tiny."""
     cpu = {case.name: case for case in CASES}
-    operator, layer, decode = cpu["operator"], cpu["layer"], cpu["decode"]
+    operator, reading, layer, decode = (cpu[n] for n in ("operator", "retrieve", "layer", "decode"))
     flop = {OURS: forward_flop, "SDPA causal": attention_flop}
     # The reference would take hours at these sizes. The tests hold our own backend to it.
     build = providers.our_operator
@@ -40,6 +41,7 @@ def cases(rehearse: bool = False) -> tuple[Case, ...]:
     found = (
         _ours(operator, build, _peers(operator) | peers.OPERATORS, **ours),
         _ours(operator, build, compiled, name="compiled", about=about, **ours),
+        _ours(reading, providers.our_reading, {}),
         _ours(layer, providers.our_layer, _peers(layer), flop={}),
         _ours(decode, providers.our_step, _peers(decode)),
     )

@@ -50,6 +50,7 @@ def inputs_backward_kernel(
     SPAN: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
+    BR: tl.constexpr,
     BH: tl.constexpr,
     KEYS: tl.constexpr,
     LAST: tl.constexpr,  # da and dc are known already
@@ -61,7 +62,6 @@ def inputs_backward_kernel(
     first, count, _ = block_of(p_cu, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
     if count == 0:
         return
-    BR: tl.constexpr = BD if BD < 64 else 64  # of D at a time
     W: tl.constexpr = D * HIDDEN
     OP: tl.constexpr = p_k.dtype.element_ty
     ACC: tl.constexpr = p_g.dtype.element_ty

@@ -39,7 +39,7 @@ class Problem(NamedTuple):
     norm: Tensor | None  # [H, 2, D]
     tile: Tile
 
-    def sizes(self, tokens: Tokens, hidden: int) -> dict[str, object]:
+    def sizes(self, tokens: Tokens, hidden: int) -> dict[str, int]:
         _, H, D = tokens.k.shape
         return dict(
             BLOCKS=self.group,
@@ -171,19 +171,18 @@ def scan(
     first_block: int,
     problem: Problem,
 ) -> None:
-    """Walk over one group; weights, momentum and anchor go on in place."""
+    """Walk over one group; weights, momentum and anchor go on in place, unless there is a trace."""
     depth, last = len(weights), len(weights) - 1
     N, H = weights[0].shape[:2]
     chunk = problem.chunk_size if problem.blocks.chunks > 1 else problem.tile.block
-    first_states = [(*scratch.weights, *scratch.momentum)]  # what the group's first blocks read
+    starts = [(*scratch.weights, *scratch.momentum)]  # what the group's first blocks read
     if scratch.trace:
-        first_states.append((*scratch.trace.weights, *scratch.trace.momentum))
-    for states in first_states:
+        starts.append((*scratch.trace.weights, *scratch.trace.momentum))
+    for states in starts:
         for x, state in zip(states, (*weights, *momentum), strict=True):
             x.unflatten(0, (N, -1))[:, 0].copy_(state)
-    exact_W, exact_S = (
-        (scratch.trace.weights, scratch.trace.momentum) if scratch.trace else (weights, momentum)
-    )
+    if scratch.trace:
+        weights, momentum = list(scratch.trace.weights), list(scratch.trace.momentum)
     scan_kernel[(N, H)](
         p_k=tokens.k,
         p_v=tokens.v,
@@ -210,15 +209,12 @@ def scan(
         p_S2_out=scratch.momentum[last],
         p_y=scratch.trace.y if scratch.trace else scratch.z,
         p_e=scratch.trace.e if scratch.trace else scratch.z,
-        p_W1_exact=exact_W[0],
-        p_S1_exact=exact_S[0],
-        p_W2_exact=exact_W[last],
-        p_S2_exact=exact_S[last],
         p_cu=tokens.cu,
         group=first_block,
         blocks=problem.group,
         chunks=problem.blocks.chunks,
         hidden=weights[0].shape[-1],
+        width=tokens.k.shape[-1],
         BC=max(16, triton.next_power_of_2(chunk)),
         KEEP=scratch.trace is not None,
         **problem.sizes(tokens, weights[0].shape[-1]),

@@ -70,7 +70,8 @@ def allocate(scratch: Scratch) -> GroupGrad:
 
 def _sizes(tokens: Tokens, scratch: Scratch, problem: Problem) -> dict[str, object]:
     hidden = scratch.weights[0].shape[-1]
-    return dict(hidden=hidden, **problem.sizes(tokens, hidden))
+    sizes = problem.sizes(tokens, hidden)
+    return dict(hidden=hidden, BR=min(sizes["BD"], problem.tile.rows), **sizes)
 
 
 def retrieve_backward(

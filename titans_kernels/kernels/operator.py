@@ -226,8 +226,9 @@ def _starts(
         if first > start:  # most often an interval is a group
             running = [x.clone() for x in running]
             anchor = running if problem.blocks.span == 1 else [x.clone() for x in anchor]
-            launch.coefficients(plan.tokens, scratch, first - problem.group, problem)
-            _scan(plan, (running, anchor), scratch, first - problem.group)
+            walk = scratch._replace(trace=None)
+            launch.coefficients(plan.tokens, walk, first - problem.group, problem)
+            _scan(plan, (running, anchor), walk, first - problem.group)
         found.append((first, (running, anchor)))
     return found
 

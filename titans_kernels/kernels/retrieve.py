@@ -70,32 +70,24 @@ def retrieve_kernel(
     m_t, m_d = o_t < count, o_d < D
     m_q = (o_q < count) & (before + o_q >= 0)
     i_b = i_slot * H + i_h
-    p_norm += i_h * 2 * D
+    o_bh, o_bd, o_a, o_w = i_b * BT * HIDDEN, i_b * BT * D, i_b * L * BT, i_b * D * HIDDEN
 
     OP: tl.constexpr = p_k.dtype.element_ty
     ACC: tl.constexpr = p_G.dtype.element_ty
     p_q += (ask * H + i_h) * D
     p_o += (ask * H + i_h) * D
     p_k += (first * H + i_h) * D
-    p_x += i_b * BT * HIDDEN
-    p_d1 += i_b * BT * HIDDEN
-    p_d2 += i_b * BT * D
     o_qd = o_q[None, :] * (H * D) + o_d[:, None]
     m_qd = m_q[None, :] & m_d[:, None]
     b_q = tl.load(p_q + o_qd, mask=m_qd, other=0.0)  # [BD, BQ]
     b_k = tl.load(  # [BT, BD]
         p_k + o_t[:, None] * (H * D) + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0
     )
-    p_a += i_b * L * BT
-    p_c += i_b * L * BT
-    p_G += i_b * L * BT * BT
-    b_a = tl.load(p_a + o_q)
-    b_c = tl.load(p_c + o_q)
-    b_G = tl.load(p_G + o_q[None, :] * BT + o_t[:, None])  # [BT, BQ]
+    b_a = tl.load(p_a + o_a + o_q)
+    b_c = tl.load(p_c + o_a + o_q)
+    b_G = tl.load(p_G + o_a * BT + o_q[None, :] * BT + o_t[:, None])  # [BT, BQ]
     b_s = tl.dot(b_k, b_q, input_precision=PRECISION, out_dtype=ACC)
     b_s = (-b_G * b_s).to(OP)  # [BT, BQ]
-    p_W1 += i_b * D * HIDDEN
-    p_S1 += i_b * D * HIDDEN
 
     if DEPTH == 1:
         b_yW = tl.zeros([BD, BQ], ACC)
@@ -107,22 +99,20 @@ def retrieve_kernel(
                 mask=m_q[None, :] & m_h[:, None],
                 other=0.0,
             )
-            o_w = (j + o_h)[None, :] * D + o_d[:, None]
+            o_m = (j + o_h)[None, :] * D + o_d[:, None]
             m_w = m_h[None, :] & m_d[:, None]
-            b_w = tl.load(p_W1 + o_w, mask=m_w, other=0.0)  # [BD, BH]
+            b_w = tl.load(p_W1 + o_w + o_m, mask=m_w, other=0.0)  # [BD, BH]
             b_yW = tl.dot(b_w, b_x, b_yW, input_precision=PRECISION, out_dtype=ACC)
-            b_w = tl.load(p_S1 + o_w, mask=m_w, other=0.0)
+            b_w = tl.load(p_S1 + o_w + o_m, mask=m_w, other=0.0)
             b_yS = tl.dot(b_w, b_x, b_yS, input_precision=PRECISION, out_dtype=ACC)
         b_d1 = tl.load(  # [BD, BT]
-            p_d1 + o_t[None, :] * D + o_d[:, None],
+            p_d1 + o_bd + o_t[None, :] * D + o_d[:, None],
             mask=m_t[None, :] & m_d[:, None],
             other=0.0,
         ).to(OP)
         b_y = b_a[None, :] * b_yW + b_c[None, :] * b_yS
         b_y = tl.dot(b_d1, b_s, b_y, input_precision=PRECISION, out_dtype=ACC)
     else:
-        p_W2 += i_b * D * HIDDEN
-        p_S2 += i_b * D * HIDDEN
         i_l = 1 if L > 1 else 0
         b_yW = tl.zeros([BD, BQ], ACC)
         b_yS = tl.zeros([BD, BQ], ACC)
@@ -133,51 +123,52 @@ def retrieve_kernel(
             m_w1 = m_d[None, :] & m_h[:, None]
             o_x = o_t[None, :] * HIDDEN + (j + o_h)[:, None]
             m_x = m_t[None, :] & m_h[:, None]
-            b_w = tl.load(p_W1 + o_w1, mask=m_w1, other=0.0)  # [BH, BD]
+            b_w = tl.load(p_W1 + o_w + o_w1, mask=m_w1, other=0.0)  # [BH, BD]
             b_z = b_a[None, :] * tl.dot(b_w, b_q, input_precision=PRECISION, out_dtype=ACC)
-            b_w = tl.load(p_S1 + o_w1, mask=m_w1, other=0.0)
+            b_w = tl.load(p_S1 + o_w + o_w1, mask=m_w1, other=0.0)
             b_z += b_c[None, :] * tl.dot(b_w, b_q, input_precision=PRECISION, out_dtype=ACC)
-            b_d1 = tl.load(p_d1 + o_x, mask=m_x, other=0.0).to(OP)  # [BH, BT]
+            b_d1 = tl.load(p_d1 + o_bh + o_x, mask=m_x, other=0.0).to(OP)  # [BH, BT]
             b_z = tl.dot(b_d1, b_s, b_z, input_precision=PRECISION, out_dtype=ACC)
             b_h = activate(b_z, ACTIVATION).to(OP)
             if KEEP:
-                o_h_q = (i_b * BT + o_q[None, :]) * HIDDEN + (j + o_h)[:, None]
-                m_h_q = (o_q < count)[None, :] & m_h[:, None]
-                tl.store(p_z + o_h_q, b_z, mask=m_h_q)
-                tl.store(p_h + o_h_q, b_h, mask=m_h_q)
+                o_z = o_q[None, :] * HIDDEN + (j + o_h)[:, None]
+                m_z = (o_q < count)[None, :] & m_h[:, None]
+                tl.store(p_z + o_bh + o_z, b_z, mask=m_z)
+                tl.store(p_h + o_bh + o_z, b_h, mask=m_z)
 
             o_xt = o_t[:, None] * HIDDEN + (j + o_h)[None, :]
-            b_x = tl.load(p_x + o_xt, mask=m_t[:, None] & m_h[None, :], other=0.0)  # [BT, BH]
+            b_x = tl.load(
+                p_x + o_bh + o_xt, mask=m_t[:, None] & m_h[None, :], other=0.0
+            )  # [BT, BH]
             b_s2 = tl.dot(b_x, b_h, b_s2, input_precision=PRECISION, out_dtype=ACC)
             o_w2 = (j + o_h)[None, :] * D + o_d[:, None]
             m_w2 = m_h[None, :] & m_d[:, None]
-            b_w = tl.load(p_W2 + o_w2, mask=m_w2, other=0.0)  # [BD, BH]
+            b_w = tl.load(p_W2 + o_w + o_w2, mask=m_w2, other=0.0)  # [BD, BH]
             b_yW = tl.dot(b_w, b_h, b_yW, input_precision=PRECISION, out_dtype=ACC)
-            b_w = tl.load(p_S2 + o_w2, mask=m_w2, other=0.0)
+            b_w = tl.load(p_S2 + o_w + o_w2, mask=m_w2, other=0.0)
             b_yS = tl.dot(b_w, b_h, b_yS, input_precision=PRECISION, out_dtype=ACC)
         # What G and q were loaded for first would fill registers all along. The modifier is the
         # default of a load: it only keeps the compiler from taking two loads for one.
-        p_G += i_l * BT * BT
-        b_G = tl.load(p_G + o_q[None, :] * BT + o_t[:, None], cache_modifier=".ca")
+        o_a += i_l * BT
+        b_G = tl.load(p_G + o_a * BT + o_q[None, :] * BT + o_t[:, None], cache_modifier=".ca")
         b_d2 = tl.load(  # [BD, BT]
-            p_d2 + o_t[None, :] * D + o_d[:, None],
+            p_d2 + o_bd + o_t[None, :] * D + o_d[:, None],
             mask=m_t[None, :] & m_d[:, None],
             other=0.0,
         ).to(OP)
         b_s2 = (-b_G * b_s2).to(OP)
-        b_a = tl.load(p_a + i_l * BT + o_q, cache_modifier=".ca")
-        b_c = tl.load(p_c + i_l * BT + o_q, cache_modifier=".ca")
+        b_a = tl.load(p_a + o_a + o_q, cache_modifier=".ca")
+        b_c = tl.load(p_c + o_a + o_q, cache_modifier=".ca")
         b_y = b_a[None, :] * b_yW + b_c[None, :] * b_yS
         b_y = tl.dot(b_d2, b_s2, b_y, input_precision=PRECISION, out_dtype=ACC)
 
     if KEEP:
-        o_y = (i_b * BT + o_q[None, :]) * D + o_d[:, None]
+        o_y = o_q[None, :] * D + o_d[:, None]
         m_y = (o_q < count)[None, :] & m_d[:, None]
-        tl.store(p_y + o_y, b_y, mask=m_y)
-        o_y += i_b * BT * D
-        tl.store(p_parts + o_y, b_yW, mask=m_y)
-        tl.store(p_parts + BT * D + o_y, b_yS, mask=m_y)
+        tl.store(p_y + o_bd + o_y, b_y, mask=m_y)
+        tl.store(p_parts + 2 * o_bd + o_y, b_yW, mask=m_y)
+        tl.store(p_parts + 2 * o_bd + BT * D + o_y, b_yS, mask=m_y)
     else:
         b_q = tl.load(p_q + o_qd, mask=m_qd, other=0.0, cache_modifier=".ca")
-        b_o = head(b_y, b_q.to(ACC), p_norm, o_d, m_d, D, HAS_NORM, RESIDUAL)
+        b_o = head(b_y, b_q.to(ACC), p_norm + i_h * 2 * D, o_d, m_d, D, HAS_NORM, RESIDUAL)
         tl.store(p_o + o_qd, b_o.to(p_o.dtype.element_ty), mask=m_qd)

@@ -81,6 +81,7 @@ def retrieve_backward_kernel(
     SPAN: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
+    BR: tl.constexpr,
     BH: tl.constexpr,
     DEPTH: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -91,7 +92,6 @@ def retrieve_backward_kernel(
     i_slot, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first, count, _ = block_of(p_cu, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
     o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BH)
-    BR: tl.constexpr = BD if BD < 64 else 64  # of D at a time
     o_r = tl.arange(0, BR)
     m_t, m_d = o_t < count, o_d < D
     i_b = i_slot * H + i_h

@@ -23,12 +23,12 @@ from .network import activate, error, slope
 def advance(
     b_x,  # [BR, BT], inputs of the layer, transposed
     b_d,  # [BT, BC], errors, not yet rounded
-    p_W,  # running state, float32
+    p_W,  # the block's state, not rounded
     p_S,
+    p_W_new,  # where it goes
+    p_S_new,
     p_W_next,  # where the next block's readers find it
     p_S_next,
-    p_W_exact,  # where the backward pass finds it, with KEEP
-    p_S_exact,
     p_W_anchor,
     p_S_anchor,
     p_end,  # coefficients of the state that is handed on
@@ -39,7 +39,6 @@ def advance(
     ANCHOR,  # bool: the block makes its chunk whole
     BT: tl.constexpr,
     PRECISION: tl.constexpr,
-    KEEP: tl.constexpr,
 ):
     """One tile of one layer's state to the block's end."""
     OP: tl.constexpr = b_x.dtype
@@ -53,14 +52,11 @@ def advance(
     b_W = tl.dot(b_x, (-b_G[:, None] * b_d).to(OP), b_W, input_precision=PRECISION, out_dtype=ACC)
     b_S = p * b_S
     b_S = tl.dot(b_x, (-b_P[:, None] * b_d).to(OP), b_S, input_precision=PRECISION, out_dtype=ACC)
-    tl.store(p_W + o, b_W, mask=m)
-    tl.store(p_S + o, b_S, mask=m)
+    tl.store(p_W_new + o, b_W, mask=m)
+    tl.store(p_S_new + o, b_S, mask=m)
     if NEXT:
         tl.store(p_W_next + o, b_W.to(OP), mask=m)
         tl.store(p_S_next + o, b_S.to(OP), mask=m)
-        if KEEP:
-            tl.store(p_W_exact + o, b_W, mask=m)
-            tl.store(p_S_exact + o, b_S, mask=m)
     if ANCHOR:
         tl.store(p_W_anchor + o, b_W, mask=m)
         tl.store(p_S_anchor + o, b_S, mask=m)
@@ -75,9 +71,9 @@ def scan_kernel(
     p_G,  # [slots, H, L, BT, BT]
     p_end,  # [slots, H, L, 4 + 2 BT]
     p_norm,  # [H, 2, D]
-    p_W1,  # in and out [N, H, D, HIDDEN], running state
-    p_S1,
-    p_W2,  # in and out [N, H, HIDDEN, D]
+    p_W1,  # in and out [N, H, D, HIDDEN], running state, not rounded; with KEEP,
+    p_S1,  # [slots, H, D, HIDDEN], that of every block's start
+    p_W2,  # in and out [N, H, HIDDEN, D]; [slots, H, HIDDEN, D]
     p_S2,
     p_W1_anchor,  # in and out, the state that an open chunk started with, where chunks span blocks
     p_S1_anchor,
@@ -87,21 +83,18 @@ def scan_kernel(
     p_x,  # out [slots, H, BT, HIDDEN]
     p_d1,  # out [slots, H, BT, HIDDEN]
     p_d2,  # out [slots, H, BT, D]
-    p_W1_out,  # out [slots, H, D, HIDDEN], the state at every block's start
+    p_W1_out,  # out [slots, H, D, HIDDEN], the state at every block's start, rounded
     p_S1_out,
     p_W2_out,
     p_S2_out,
     p_y,  # where the backward pass wants them, out [slots, H, BT, D], last products
-    p_e,  # [slots, H, BT, HIDDEN], errors behind the activation,
-    p_W1_exact,  # and [slots, H, D, HIDDEN], the state at every block's start, not rounded
-    p_S1_exact,
-    p_W2_exact,
-    p_S2_exact,
+    p_e,  # [slots, H, BT, HIDDEN], errors behind the activation
     p_cu,
     group,
     blocks,
     chunks,
     hidden,
+    width,  # D, as in scan_backward
     BLOCKS: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -133,15 +126,7 @@ def scan_kernel(
     i_l = 1 if L > 1 else 0  # coefficients of the last layer
     if DEPTH == 1:
         i_l = 0
-    p_norm += i_h * 2 * D
-    p_W1 += i_s * W
-    p_S1 += i_s * W
-    p_W2 += i_s * W
-    p_S2 += i_s * W
-    p_W1_anchor += i_s * W
-    p_S1_anchor += i_s * W
-    p_W2_anchor += i_s * W
-    p_S2_anchor += i_s * W
+    o_s = i_s * W
 
     for i_block in tl.range(0, blocks, num_stages=1, disable_licm=True):
         first, count, _ = block_of(p_cu, i_n * BLOCKS + i_block, group, BLOCKS, CHUNK, TOKENS, SPAN)
@@ -149,23 +134,19 @@ def scan_kernel(
             i_b = (i_n * BLOCKS + i_block) * H + i_h
             o_token = ((first + o_i) * H + i_h) * D
             m_i = o_i < count
-            p_a1, p_c1, p_G1 = p_a + i_b * L * BT, p_c + i_b * L * BT, p_G + i_b * L * BT * BT
-            p_a2, p_c2, p_G2 = p_a1 + i_l * BT, p_c1 + i_l * BT, p_G1 + i_l * BT * BT
-            p_end1 = p_end + i_b * L * (4 + 2 * BT)
-            p_end2 = p_end1 + i_l * (4 + 2 * BT)
-            p_xb, p_d1b = p_x + i_b * BT * HIDDEN, p_d1 + i_b * BT * HIDDEN
-            p_d2b = p_d2 + i_b * BT * D
-            p_zb = p_z + (i_b if KEEP else i_s) * BT * HIDDEN
+            o_a1, o_a2 = i_b * L * BT, (i_b * L + i_l) * BT
+            o_bh, o_bd, o_z0 = i_b * BT * HIDDEN, i_b * BT * D, (i_b if KEEP else i_s) * BT * HIDDEN
             if SPAN == 1:
                 p_w1, p_s1 = p_W1_out + i_b * W, p_S1_out + i_b * W
                 p_w2, p_s2 = p_W2_out + i_b * W, p_S2_out + i_b * W
             else:
-                p_w1, p_s1, p_w2, p_s2 = p_W1_anchor, p_S1_anchor, p_W2_anchor, p_S2_anchor
+                p_w1, p_s1 = p_W1_anchor + o_s, p_S1_anchor + o_s
+                p_w2, p_s2 = p_W2_anchor + o_s, p_S2_anchor + o_s
 
             # x W_1 and x S_1 do not depend on the order of chunks: one product for the block.
             o_row = o_i // CHUNK * CHUNK - 1 if SPAN == 1 else o_i * 0 - 1
-            b_a = tl.load(p_a1 + o_row, mask=o_row >= 0, other=1.0)  # [BT]
-            b_c = tl.load(p_c1 + o_row, mask=o_row >= 0, other=0.0)
+            b_a = tl.load(p_a + o_a1 + o_row, mask=o_row >= 0, other=1.0)  # [BT]
+            b_c = tl.load(p_c + o_a1 + o_row, mask=o_row >= 0, other=0.0)
             b_k = tl.load(  # [BD, BT]
                 p_k + o_token[None, :] + o_d[:, None], mask=m_i[None, :] & m_d[:, None], other=0.0
             )
@@ -178,7 +159,7 @@ def scan_kernel(
                 b_w = tl.load(p_s1 + o_w, mask=m_w, other=0.0).to(OP)
                 b_z += b_c[None, :] * tl.dot(b_w, b_k, input_precision=PRECISION, out_dtype=ACC)
                 o_z = o_i[None, :] * HIDDEN + (j + o_h)[:, None]
-                tl.store(p_zb + o_z, b_z, mask=m_i[None, :] & m_h[:, None])
+                tl.store(p_z + o_z0 + o_z, b_z, mask=m_i[None, :] & m_h[:, None])
             tl.debug_barrier()
 
             for r in tl.range(0, chunks, num_stages=1, disable_licm=True):
@@ -201,7 +182,7 @@ def scan_kernel(
                     mask=m_p[:, None] & m_d[None, :],
                     other=0.0,
                 )
-                b_g1 = -tl.load(p_G1 + row * BT + o_i, mask=m_p, other=0.0)  # [BT]
+                b_g1 = -tl.load(p_G + o_a1 * BT + row * BT + o_i, mask=m_p, other=0.0)  # [BT]
                 b_s = tl.dot(b_kp, b_kc, input_precision=PRECISION, out_dtype=ACC)
                 b_s = (b_g1[:, None] * b_s).to(OP)  # [BT, BC]
 
@@ -210,13 +191,13 @@ def scan_kernel(
                 m_yp = m_p[None, :] & m_d[:, None]
                 o_yp = o_i[None, :] * D + o_d[:, None]
                 if DEPTH == 1:
-                    b_y = tl.load(p_zb + o_yc, mask=m_yc, other=0.0)  # [BD, BC]
-                    b_d = tl.load(p_d2b + o_yp, mask=m_yp, other=0.0).to(OP)  # [BD, BT]
+                    b_y = tl.load(p_z + o_z0 + o_yc, mask=m_yc, other=0.0)  # [BD, BC]
+                    b_d = tl.load(p_d2 + o_bd + o_yp, mask=m_yp, other=0.0).to(OP)  # [BD, BT]
                     b_y = tl.dot(b_d, b_s, b_y, input_precision=PRECISION, out_dtype=ACC)
                 else:
-                    a2 = tl.load(p_a2 + row, mask=row >= 0, other=1.0)
-                    c2 = tl.load(p_c2 + row, mask=row >= 0, other=0.0)
-                    b_g2 = -tl.load(p_G2 + row * BT + o_i, mask=m_p, other=0.0)
+                    a2 = tl.load(p_a + o_a2 + row, mask=row >= 0, other=1.0)
+                    c2 = tl.load(p_c + o_a2 + row, mask=row >= 0, other=0.0)
+                    b_g2 = -tl.load(p_G + o_a2 * BT + row * BT + o_i, mask=m_p, other=0.0)
                     b_y = tl.zeros([BD, BC], ACC)
                     b_s2 = tl.zeros([BT, BC], ACC)
                     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
@@ -225,15 +206,15 @@ def scan_kernel(
                         m_x = m_c[None, :] & m_h[:, None]
                         o_p = o_i[None, :] * HIDDEN + (j + o_h)[:, None]
                         m_hp = m_p[None, :] & m_h[:, None]
-                        b_d = tl.load(p_d1b + o_p, mask=m_hp, other=0.0).to(OP)  # [BH, BT]
-                        b_z = tl.load(p_zb + o_x, mask=m_x, other=0.0)  # [BH, BC]
+                        b_d = tl.load(p_d1 + o_bh + o_p, mask=m_hp, other=0.0).to(OP)  # [BH, BT]
+                        b_z = tl.load(p_z + o_z0 + o_x, mask=m_x, other=0.0)  # [BH, BC]
                         b_z = tl.dot(b_d, b_s, b_z, input_precision=PRECISION, out_dtype=ACC)
-                        tl.store(p_zb + o_x, b_z, mask=m_x)
+                        tl.store(p_z + o_z0 + o_x, b_z, mask=m_x)
                         b_h = activate(b_z, ACTIVATION)
-                        tl.store(p_xb + o_x, b_h.to(OP), mask=m_x)
+                        tl.store(p_x + o_bh + o_x, b_h.to(OP), mask=m_x)
 
                         b_x = tl.load(  # [BT, BH]
-                            p_xb + o_i[:, None] * HIDDEN + (j + o_h)[None, :],
+                            p_x + o_bh + o_i[:, None] * HIDDEN + (j + o_h)[None, :],
                             mask=m_p[:, None] & m_h[None, :],
                             other=0.0,
                         )
@@ -248,19 +229,27 @@ def scan_kernel(
                         b_w = tl.load(p_s2 + o_w, mask=m_w, other=0.0).to(OP)
                         b_ch = (c2 * b_h).to(OP)
                         b_y = tl.dot(b_w, b_ch, b_y, input_precision=PRECISION, out_dtype=ACC)
-                    b_d = tl.load(p_d2b + o_yp, mask=m_yp, other=0.0).to(OP)  # [BD, BT]
+                    b_d = tl.load(p_d2 + o_bd + o_yp, mask=m_yp, other=0.0).to(OP)  # [BD, BT]
                     b_s2 = (b_g2[:, None] * b_s2).to(OP)
                     b_y = tl.dot(b_d, b_s2, b_y, input_precision=PRECISION, out_dtype=ACC)
 
                 if KEEP:
-                    tl.store(p_y + i_b * BT * D + o_yc, b_y, mask=m_yc)
+                    tl.store(p_y + o_bd + o_yc, b_y, mask=m_yc)
                 b_e = error(
-                    b_y, b_kc.to(ACC), b_vc.to(ACC), p_norm, o_d, m_d, D, HAS_NORM, RESIDUAL
+                    b_y,
+                    b_kc.to(ACC),
+                    b_vc.to(ACC),
+                    p_norm + i_h * 2 * D,
+                    o_d,
+                    m_d,
+                    D,
+                    HAS_NORM,
+                    RESIDUAL,
                 )  # [BD, BC]
-                tl.store(p_d2b + o_yc, b_e, mask=m_yc)
+                tl.store(p_d2 + o_bd + o_yc, b_e, mask=m_yc)
                 if DEPTH == 2:
                     b_d = tl.load(  # [BT, BD]
-                        p_d2b + o_i[:, None] * D + o_d[None, :],
+                        p_d2 + o_bd + o_i[:, None] * D + o_d[None, :],
                         mask=m_p[:, None] & m_d[None, :],
                         other=0.0,
                     ).to(OP)
@@ -278,24 +267,27 @@ def scan_kernel(
                         b_h = tl.dot(b_w, b_ce, b_h, input_precision=PRECISION, out_dtype=ACC)
                         o_p = o_i[None, :] * HIDDEN + (j + o_h)[:, None]
                         m_hp = m_p[None, :] & m_h[:, None]
-                        b_x = tl.load(p_xb + o_p, mask=m_hp, other=0.0)  # [BH, BT]
+                        b_x = tl.load(p_x + o_bh + o_p, mask=m_hp, other=0.0)  # [BH, BT]
                         b_h = tl.dot(b_x, b_s2, b_h, input_precision=PRECISION, out_dtype=ACC)
                         o_x = o_c[None, :] * HIDDEN + (j + o_h)[:, None]
                         m_x = m_c[None, :] & m_h[:, None]
-                        b_z = tl.load(p_zb + o_x, mask=m_x, other=0.0)
+                        b_z = tl.load(p_z + o_z0 + o_x, mask=m_x, other=0.0)
                         if KEEP:
-                            tl.store(p_e + i_b * BT * HIDDEN + o_x, b_h, mask=m_x)
+                            tl.store(p_e + o_bh + o_x, b_h, mask=m_x)
                         b_h = b_h * slope(b_z, ACTIVATION)
-                        tl.store(p_d1b + o_x, b_h, mask=m_x)
+                        tl.store(p_d1 + o_bh + o_x, b_h, mask=m_x)
                 tl.debug_barrier()
 
             more = i_block + 1 < BLOCKS
             i_x = i_b + H if more else i_b
+            o_old, o_new = (i_b * W, i_x * W) if KEEP else (o_s, o_s)
             whole = (SPAN > 1) & ((group + i_block + 1) % SPAN == 0)
             if SPAN > 1:  # the last block of a chunk that lacks tokens does not make it whole
                 whole = whole & (count == CHUNK - (SPAN - 1) * TOKENS)
+            # Where the backward pass wants states of the group, it has that of the next.
+            until = width if more | (not KEEP) else 0
             # Parts of D by slices of the hidden dimension: W and S of a tile fit in registers.
-            for i in tl.range(0, D, BU, num_stages=1, disable_licm=True):
+            for i in tl.range(0, until, BU, num_stages=1, disable_licm=True):
                 m_u = i + o_u < D
                 b_ku = tl.load(  # [BU, BT]
                     p_k + o_token[None, :] + (i + o_u)[:, None],
@@ -305,22 +297,22 @@ def scan_kernel(
                 for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
                     m_h = j + o_h < HIDDEN
                     b_d1 = tl.load(  # [BT, BH]
-                        p_d1b + o_i[:, None] * HIDDEN + (j + o_h)[None, :],
+                        p_d1 + o_bh + o_i[:, None] * HIDDEN + (j + o_h)[None, :],
                         mask=m_i[:, None] & m_h[None, :],
                         other=0.0,
                     )
                     advance(
                         b_ku,
                         b_d1,
-                        p_W1,
-                        p_S1,
+                        p_W1 + o_old,
+                        p_S1 + o_old,
+                        p_W1 + o_new,
+                        p_S1 + o_new,
                         p_W1_out + i_x * W,
                         p_S1_out + i_x * W,
-                        p_W1_exact + i_x * W,
-                        p_S1_exact + i_x * W,
-                        p_W1_anchor,
-                        p_S1_anchor,
-                        p_end1,
+                        p_W1_anchor + o_s,
+                        p_S1_anchor + o_s,
+                        p_end + i_b * L * (4 + 2 * BT),
                         (i + o_u)[:, None] * HIDDEN + (j + o_h)[None, :],
                         m_u[:, None] & m_h[None, :],
                         o_i,
@@ -328,31 +320,30 @@ def scan_kernel(
                         whole,
                         BT,
                         PRECISION,
-                        KEEP,
                     )
                     if DEPTH == 2:
                         b_x = tl.load(  # [BH, BT]
-                            p_xb + o_i[None, :] * HIDDEN + (j + o_h)[:, None],
+                            p_x + o_bh + o_i[None, :] * HIDDEN + (j + o_h)[:, None],
                             mask=m_i[None, :] & m_h[:, None],
                             other=0.0,
                         )
                         b_d2 = tl.load(  # [BT, BU]
-                            p_d2b + o_i[:, None] * D + (i + o_u)[None, :],
+                            p_d2 + o_bd + o_i[:, None] * D + (i + o_u)[None, :],
                             mask=m_i[:, None] & m_u[None, :],
                             other=0.0,
                         )
                         advance(
                             b_x,
                             b_d2,
-                            p_W2,
-                            p_S2,
+                            p_W2 + o_old,
+                            p_S2 + o_old,
+                            p_W2 + o_new,
+                            p_S2 + o_new,
                             p_W2_out + i_x * W,
                             p_S2_out + i_x * W,
-                            p_W2_exact + i_x * W,
-                            p_S2_exact + i_x * W,
-                            p_W2_anchor,
-                            p_S2_anchor,
-                            p_end2,
+                            p_W2_anchor + o_s,
+                            p_S2_anchor + o_s,
+                            p_end + (i_b * L + i_l) * (4 + 2 * BT),
                             (j + o_h)[:, None] * D + (i + o_u)[None, :],
                             m_h[:, None] & m_u[None, :],
                             o_i,
@@ -360,6 +351,5 @@ def scan_kernel(
                             whole,
                             BT,
                             PRECISION,
-                            KEEP,
                         )
             tl.debug_barrier()

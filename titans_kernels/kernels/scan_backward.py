@@ -21,6 +21,8 @@ last layer, (k, dz) the first, and a reader (h, g) gives the rows of its history
 At last the gradient of the state that the block began with: products of all readers over the block.
 
 Grid: (sequences, heads). Tiles as in `scan`: chunks transposed, hidden dimension in slices.
+Loops over D go to `width`, which is D: one whose only turn is known when it is compiled is no loop,
+and what it holds then fills registers all along.
 """
 
 import triton
@@ -94,6 +96,7 @@ def scan_backward_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
     BD: tl.constexpr,
+    BR: tl.constexpr,
     BH: tl.constexpr,
     DEPTH: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -104,7 +107,6 @@ def scan_backward_kernel(
     i_n, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_i, o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, BC), tl.arange(0, BD), tl.arange(0, BH)
     m_d = o_d < D
-    BR: tl.constexpr = BD if BD < 64 else 64  # tiles of the state's gradient
     BN: tl.constexpr = BH if BH < 32 else 32
     o_r = tl.arange(0, BR)
     i_s = i_n * H + i_h
@@ -137,6 +139,7 @@ def scan_backward_kernel(
                 p_dS1 + o_s,
                 p_end + o_end1,
                 m_i,
+                width,
                 hidden,
                 H * D,
                 HIDDEN,
@@ -159,6 +162,7 @@ def scan_backward_kernel(
                     p_dS2 + o_s,
                     p_end + o_end2,
                     m_i,
+                    width,
                     hidden,
                     D,
                     1,
@@ -203,7 +207,7 @@ def scan_backward_kernel(
                     p_s2 = p_w2
                 # k by k: later keys by the chunk's, [BT, BC]
                 b_s = tl.zeros([BT, BC], ACC)
-                for i in tl.range(0, D, BR, num_stages=1, disable_licm=True):
+                for i in tl.range(0, width, BR, num_stages=1, disable_licm=True):
                     m_r = i + o_r < D
                     b_l = tl.load(  # [BT, BR]
                         p_k + o_k0 + o_i[:, None] * (H * D) + (i + o_r)[None, :],
@@ -272,8 +276,7 @@ def scan_backward_kernel(
                     b_dd2 = tl.zeros([BT, BC], ACC)  # d by d
                     tl.debug_barrier()
 
-                # The whole gradient of the chunk's last errors. A loop whose one turn is known when
-                # it is compiled is no loop, and what it holds then fills registers all along.
+                # The whole gradient of the chunk's last errors.
                 for i in tl.range(0, width, BR, num_stages=1, disable_licm=True):
                     m_r = i + o_r < D
                     o_f, m_f = o_c[None, :] * D + (i + o_r)[:, None], m_c[None, :] & m_r[:, None]
@@ -358,7 +361,7 @@ def scan_backward_kernel(
 
                 if DEPTH == 2:
                     b_gd = tl.zeros([BT, BC], ACC)  # g by d: ours by earlier, the later's by ours
-                    for i in tl.range(0, D, BR, num_stages=1, disable_licm=True):
+                    for i in tl.range(0, width, BR, num_stages=1, disable_licm=True):
                         m_r = i + o_r < D
                         o_f = o_c[None, :] * D + (i + o_r)[:, None]
                         m_f = m_c[None, :] & m_r[:, None]
@@ -384,7 +387,7 @@ def scan_backward_kernel(
                         m_h = j + o_h < HIDDEN
                         b_w = tl.zeros([BH, BC], ACC)
                         b_ws = tl.zeros([BH, BC], ACC)
-                        for i in tl.range(0, D, BR, num_stages=1, disable_licm=True):
+                        for i in tl.range(0, width, BR, num_stages=1, disable_licm=True):
                             m_r = i + o_r < D
                             b_gy = tl.load(  # [BR, BC]
                                 p_dd2 + o_bd + o_c[None, :] * D + (i + o_r)[:, None],
@@ -449,6 +452,7 @@ def scan_backward_kernel(
                 m_i & (before + o_i >= 0),
                 m_i,
                 begins,
+                width,
                 hidden,
                 H * D,
                 D,
@@ -481,7 +485,8 @@ def scan_backward_kernel(
                     m_i,
                     m_i,
                     begins,
-                    D,
+                    hidden,
+                    width,
                     HIDDEN,
                     HIDDEN,
                     D,

@@ -18,6 +18,7 @@ def advance_backward(
     p_dS,
     p_end,  # coefficients of that state
     m_t,
+    width,
     hidden,
     STRIDE: tl.constexpr,
     ROW: tl.constexpr,  # a matrix entry lies at full * ROW + hidden * COLUMN
@@ -37,7 +38,7 @@ def advance_backward(
     b_P = -tl.load(p_end + 4 + BT + o_t)
     b_dG = tl.zeros([BT], ACC)
     b_dP = tl.zeros([BT], ACC)
-    for i in tl.range(0, D, BR, num_stages=1, disable_licm=True):
+    for i in tl.range(0, width, BR, num_stages=1, disable_licm=True):
         m_d = i + o_d < D
         m_f = m_t[:, None] & m_d[None, :]
         b_full = tl.load(  # [BT, BR]
@@ -135,6 +136,7 @@ def hand_back(
     m_q,  # [BT], tokens with a query
     m_t,
     FIRST,  # bool: the chunk begins with this block
+    rows,
     columns,
     STRIDE: tl.constexpr,  # of p_hq and p_hk
     ROWS: tl.constexpr,
@@ -157,7 +159,7 @@ def hand_back(
     b_da = tl.zeros([BN], ACC)
     b_dc = tl.zeros([BN], ACC)
     b_dp = tl.zeros([BN], ACC)
-    for i in tl.range(0, ROWS, BR, num_stages=1, disable_licm=True):
+    for i in tl.range(0, rows, BR, num_stages=1, disable_licm=True):
         o_r = i + tl.arange(0, BR)
         for j in tl.range(0, columns, BN, num_stages=1, disable_licm=True):
             o_n = j + tl.arange(0, BN)

@@ -42,12 +42,14 @@ class Tile:
         block (int): tokens to a block at most, a power of 2 from 16 on.
         slice (int): hidden units at a time, likewise.
         queries (int): tokens of a block that one program answers at most, likewise.
+        rows (int): of the head dimension at a time, backwards, likewise.
         scan, retrieve, recall, *_backward (Schedule): of the kernel of that name.
     """
 
     block: int = 64
     slice: int = 64
     queries: int = 64
+    rows: int = 64
     scan: Schedule = Schedule()
     retrieve: Schedule = Schedule()
     recall: Schedule = Schedule()
@@ -56,7 +58,7 @@ class Tile:
     inputs_backward: Schedule = Schedule(8)
 
     def __post_init__(self) -> None:
-        for name in ("block", "slice", "queries"):
+        for name in ("block", "slice", "queries", "rows"):
             value = getattr(self, name)
             if value < 16 or value & (value - 1):
                 raise ValueError(f"{name}: got {value}, takes a power of 2 from 16 on")
@@ -86,45 +88,45 @@ ANY = 2**63
 _HALF = {
     # sm_80's also fit sm_86, sm_89 and sm_120, which have 99 KiB of shared memory to a program.
     "sm_80": (
-        # 244, 255, 166; 255, 255 and 120, 255 and 248
-        (64, ANY, Tile(64, 32, 32, scan=_4, retrieve=_4x2, recall=_4x2)),
-        # 255, 255, 174; 229, 255 and 232, 255 and 112
-        (128, ANY, Tile(64, 32, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
-        # 255, 255, 169; 255 and 8, 255 and 336, 255 and 16. Retrieve of 32 queries: 255 and 272
-        (256, ANY, Tile(32, 32, 16, scan=_8, retrieve=_8x2, recall=_8x2)),
+        # 254 (3.6: and 32), 255, 166; 210, 255 (3.6: and 112), 197
+        (64, ANY, Tile(64, 32, 32, 32, scan=_4, retrieve=_4x2, recall=_4x2)),
+        # 255 and 16 (3.6: and 88), 255, 174; 186, 255 and 24 (3.6: and 120), 197
+        (128, ANY, Tile(64, 32, 32, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
+        # 255, 255, 169; 182, 255 and 8, 246. Rows of 64: scan backwards 255 and 56
+        (256, ANY, Tile(32, 32, 16, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
     ),
     "sm_90": (
-        # 224, 243, 128; 236, 255 and 64, 202
-        (64, 32, Tile(64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
-        # 238, 243, 128; 244, 255 and 656, 202. Scan of 4 warps: 255 and 48
-        (64, ANY, Tile(64, 64, 64, scan=_8, retrieve=_8x2, recall=_4x2)),
-        # 228, 228, 105; 182, 255 and 48, 254
-        (128, 32, Tile(64, 64, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
-        # 255 and 24 (3.6: 255), 216, 105. Scan of a block of 64: 255 and 112
-        (128, ANY, Tile(32, 64, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
-        # 255 and 72 (3.6: 255), 254, 181; 185, 255 and 80, 255 and 8. Of 32 queries: 255 and 232
-        (256, 32, Tile(64, 64, 16, scan=_8, retrieve=_8, recall=_8x2)),
-        # 255 and 40, 211, 181; scan backwards 255 and 248. Scan of a block of 64: 255 and 832
-        (256, ANY, Tile(32, 64, 16, scan=_8, retrieve=_8, recall=_8x2)),
+        # 230, 241, 128; 236, 235, 202
+        (64, 32, Tile(64, 64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
+        # 237, 241, 128; scan backwards 255 and 80. Scan of 4 warps: 255 and 48
+        (64, ANY, Tile(64, 64, 64, 64, scan=_8, retrieve=_8x2, recall=_4x2)),
+        # 230, 228, 105; 182, 254, 254
+        (128, 32, Tile(64, 64, 32, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
+        # 255 and 16 (3.6: 253), 216, 105. Scan of a block of 64: 255 and 112
+        (128, ANY, Tile(32, 64, 32, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
+        # 255 and 72 (3.6: 255), 242, 181; 185, 254, 255 and 8. Of 32 queries: 255 and 232
+        (256, 32, Tile(64, 64, 16, 64, scan=_8, retrieve=_8, recall=_8x2)),
+        # 255 and 8, 211, 181; scan backwards 255 and 72. Scan of a block of 64: 255 and 832
+        (256, ANY, Tile(32, 64, 16, 64, scan=_8, retrieve=_8, recall=_8x2)),
     ),
     "sm_100": (
-        # 198, 125, 121; 169, 243, 218
-        (64, ANY, Tile(64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
-        # 201, 184, 120; 170, 255, 224
-        (128, ANY, Tile(64, 64, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
-        # 232, 162, 255; 254, 255 and 24, 226. Retrieve of 64 queries: 255 and 32 (3.6: and 288)
-        (256, 32, Tile(64, 64, 32, scan=_8, retrieve=_8, recall=_8x2)),
-        # 255 and 88; a block of 64 takes more tensor memory than there is, and traps (3.6)
-        (256, ANY, Tile(32, 64, 32, scan=_8, retrieve=_8, recall=_8x2)),
+        # 204, 125, 121; 169, 236, 218
+        (64, ANY, Tile(64, 64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
+        # 212, 184, 120; 170, 232, 224
+        (128, ANY, Tile(64, 64, 64, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
+        # 234, 164, 255; 254, 246, 226. Retrieve of 64 queries: 255 and 32 (3.6: and 288)
+        (256, 32, Tile(64, 64, 32, 64, scan=_8, retrieve=_8, recall=_8x2)),
+        # 255; a block of 64 takes more tensor memory than there is, and traps (3.6)
+        (256, ANY, Tile(32, 64, 32, 64, scan=_8, retrieve=_8, recall=_8x2)),
     ),
     # Up to 512 registers, for 4 warps; of 8, scan_backward has 256 and 332 bytes of stack.
     "gfx942": (
-        # 288 (3.6: 432), 262, 160; 240, 412, 285
-        (64, ANY, Tile(64, 64, 64, **_ALL_4)),
-        # 272 (3.6: 383), 404, 208; 382, 451, 288. Scan of slices of 64: 362 (3.6: 512 and 204)
-        (128, ANY, Tile(64, 32, 64, **_ALL_4)),
-        # 251 (3.6: 383), 362, 194; 228, 283, 273. Scan of a block of 64: 360 (3.6: 512 and 364)
-        (256, ANY, Tile(32, 64, 32, **_ALL_4)),
+        # 283 (3.6: 438), 262, 160; 240, 440, 285
+        (64, ANY, Tile(64, 64, 64, 64, **_ALL_4)),
+        # 268 (3.6: 399), 408, 208; 382, 400, 288. Scan of slices of 64: 362 (3.6: 512 and 204)
+        (128, ANY, Tile(64, 32, 64, 64, **_ALL_4)),
+        # 246 (3.6: 383), 362, 194; 228, 255, 273. Scan of a block of 64: 360 (3.6: 512 and 364)
+        (256, ANY, Tile(32, 64, 32, 64, **_ALL_4)),
     ),
 }
 ARCHITECTURES = tuple(_HALF)
@@ -133,11 +135,11 @@ ARCHITECTURES = tuple(_HALF)
 # tensor cores, operands in registers. Figures of sm_90; the others differ little.
 _SINGLE = (
     # 250, 216, 64
-    (64, ANY, Tile(32, 32, 32, scan=_8, retrieve=_8, recall=_8)),
+    (64, ANY, Tile(32, 32, 32, 64, scan=_8, retrieve=_8, recall=_8)),
     # 255 and 160, 173, 48
-    (128, ANY, Tile(16, 16, 16, scan=_8, retrieve=_8, recall=_8)),
+    (128, ANY, Tile(16, 16, 16, 64, scan=_8, retrieve=_8, recall=_8)),
     # 255 and 1304, 255 and 264, 64
-    (256, ANY, Tile(16, 16, 16, scan=_8, retrieve=_8, recall=_8)),
+    (256, ANY, Tile(16, 16, 16, 64, scan=_8, retrieve=_8, recall=_8)),
 )
 
 _chosen: Tile | None = None
