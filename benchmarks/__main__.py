@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     with tqdm(todo, unit="case", disable=None, leave=False) as progress:
         for case, shape, mode in progress:
             progress.set_description(f"{case.name}, T {shape.T}, {mode}")
-            for row in measure(case, shape, mode, machine.matmul_flops, effort):
+            for row in measure(case, shape, mode, machine, effort):
                 run.rows.append(row)
                 progress.write(report.line(row), file=screen)
 

@@ -18,6 +18,7 @@ from torch.utils.benchmark import Measurement, Timer
 
 from .cases import OURS, Case
 from .journal import in_short
+from .machine import Machine
 from .memory import peak_growth
 from .providers import Task
 from .shapes import BOTH, FORWARD, Shape
@@ -55,7 +56,9 @@ class Row:
     calls: int | None = None
     tokens_per_s: float | None = None
     flop: int | None = None
-    of_ceiling: float | None = None
+    of_ceiling: float | None = None  # of the matrix product's FLOP per second
+    least_bytes: int | None = None
+    of_copy: float | None = None  # of the copy's bytes per second
     peak_bytes: int | None = None
     time_ratio: float | None = None
     memory_ratio: float | None = None
@@ -108,10 +111,18 @@ def deviation(case: Case, shape: Shape, mode: str) -> float:
     return max(error if error == error else float("inf") for error in errors)
 
 
-def measure(case: Case, shape: Shape, mode: str, ceiling: float, effort: Effort) -> Iterator[Row]:
+def least_bytes(task: Task, case: Case, shape: Shape, mode: str) -> int | None:
+    """Inputs, parameters and output, and with backward their gradients, each moved once."""
+    if not task.leaves:
+        return None
+    output = shape.B * shape.T * shape.dim * case.dtype.itemsize
+    return (2 if mode == BOTH else 1) * (output + sum(leaf.nbytes for leaf in task.leaves))
+
+
+def measure(case: Case, shape: Shape, mode: str, machine: Machine, effort: Effort) -> Iterator[Row]:
     """The rows of a case at one shape, ours first; none but a refusal if ours is wrong.
 
-    `ceiling`: FLOP per second that the machine reaches in a large matrix product.
+    `machine`: whose ceilings rows are compared with.
     """
     error = deviation(case, shape, mode)
     dtype = str(case.dtype).removeprefix("torch.")
@@ -120,10 +131,11 @@ def measure(case: Case, shape: Shape, mode: str, ceiling: float, effort: Effort)
         yield Row(case.name, shape, mode, OURS, problem, error, dtype=dtype)
         return
 
-    runners, problems = {}, {}
+    runners, problems, least = {}, {}, {}
     for name, build in case.providers.items():
         try:
-            runners[name] = runner(build(case.made(shape, shape.T), shape), mode)
+            task = build(case.made(shape, shape.T), shape)
+            runners[name], least[name] = runner(task, mode), least_bytes(task, case, shape, mode)
             if case.device != "cpu" and name != OURS:
                 runners[name]()  # a peer may not do the case
         except ImportError as missing:
@@ -160,12 +172,18 @@ def measure(case: Case, shape: Shape, mode: str, ceiling: float, effort: Effort)
             calls=sum(len(turn[name].times) * turn[name].number_per_run for turn in rounds),
             tokens_per_s=shape.B * (shape.T if case.per_token else 1) / median,
             flop=flop,
-            of_ceiling=None if flop is None else flop / median / ceiling,
+            of_ceiling=_share(flop, median, machine.matmul_flops),
+            least_bytes=least[name],
+            of_copy=_share(least[name], median, machine.copy_bytes),
             peak_bytes=theirs,
             time_ratio=statistics.median(t[name].median / t[OURS].median for t in rounds),
             memory_ratio=memory_ratio(theirs, mine),
             dtype=dtype,
         )
+
+
+def _share(amount: float | None, seconds: float, ceiling: float | None) -> float | None:
+    return amount / seconds / ceiling if amount is not None and ceiling else None
 
 
 def take_turns(

@@ -37,7 +37,7 @@ class Machine:
     matmul_flops: float  # FLOP per second in a large matrix product, the ceiling
     matmul_size: int
     dtype: str = "float32"  # of that product
-    copy_bytes: float | None = None  # read and written per second in a large copy
+    copy_bytes: float | None = None  # read and written per second in a copy, the other ceiling
     triton: str = "not installed"
     driver: str = ""  # and clocks, of a GPU
 
@@ -57,7 +57,7 @@ class Machine:
 
     def ceiling(self) -> str:
         n = self.matmul_size
-        copy = f", copy: {self.copy_bytes / 1e12:.2f} TB/s" if self.copy_bytes else ""
+        copy = f", copy: {self.copy_bytes / 1e9:,.1f} GB/s" if self.copy_bytes else ""
         rate = f"{self.matmul_flops / 1e9:,.1f} GFLOP/s"
         return f"{self.dtype} matrix product {n} x {n} x {n}: {rate}{copy}"
 
@@ -81,7 +81,7 @@ def describe(threads: int, matmul_size: int = 2048, device: str = "cpu") -> Mach
         matmul_flops=_matmul_flops(matmul_size, threads, device, dtype),
         matmul_size=matmul_size,
         dtype=str(dtype).removeprefix("torch."),
-        copy_bytes=_copy_bytes() if gpu else None,
+        copy_bytes=_copy_bytes(2**30 if gpu else min(2**26, matmul_size**3), threads, device),
         triton=_version("triton"),
         driver=_driver() if gpu else "",
     )
@@ -94,10 +94,10 @@ def _matmul_flops(n: int, threads: int, device: str, dtype: torch.dtype) -> floa
     return 2 * n**3 / min(measured.times)  # a ceiling: the fastest call
 
 
-def _copy_bytes() -> float:
-    a = torch.randn(2**30, device="cuda")
+def _copy_bytes(n: int, threads: int, device: str) -> float:
+    a = torch.ones(n, device=device)
     b = torch.empty_like(a)
-    timer = Timer("b.copy_(a)", globals={"a": a, "b": b})
+    timer = Timer("b.copy_(a)", globals={"a": a, "b": b}, num_threads=threads)
     return 2 * a.nbytes / min(timer.blocked_autorange(min_run_time=1.0).times)
 
 

@@ -39,6 +39,20 @@ def gated_delta_rule(inputs: Inputs, shape: Shape) -> Task:
     return Task(call, [q, k, v])
 
 
+def ttt_linear(inputs: Inputs, shape: Shape) -> Task:
+    """flash-linear-attention's TTT-Linear: a matrix with a norm, a gradient step a chunk of 16."""
+    from fla.ops.ttt import chunk_ttt_linear
+
+    q, k, v = attention_leaves(inputs)
+    rate = inputs["theta"].detach().to(q.dtype)[..., None]
+    scale, shift = q.new_ones(shape.H, shape.D), q.new_zeros(shape.H, shape.D)
+
+    def call() -> Tensor:
+        return chunk_ttt_linear(q, k, v, scale, shift, rate, chunk_size=16)[0]
+
+    return Task(call, [q, k, v])
+
+
 def mamba2(inputs: Inputs, shape: Shape) -> Task:
     """Mamba-2's scan: a diagonal recurrence with a state of D by D a head."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
@@ -55,5 +69,6 @@ def mamba2(inputs: Inputs, shape: Shape) -> Task:
 
 OPERATORS: dict[str, Builder] = {
     "fla gated delta rule": gated_delta_rule,
+    "fla TTT-Linear": ttt_linear,
     "Mamba-2": mamba2,
 }

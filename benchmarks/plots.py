@@ -135,6 +135,7 @@ def _roofline(rows: list[Row], machine: dict[str, Any]) -> Any:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     rows = [row for row in rows if row.case == "operator" and row.provider == OURS and row.flop]
+    rows = [row for row in rows if row.mode == FORWARD]
     if not rows or not machine.get("copy_bytes"):
         return None
     figure = Figure(figsize=(6, 4.2), layout=ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95)))
@@ -146,7 +147,9 @@ def _roofline(rows: list[Row], machine: dict[str, Any]) -> Any:
         ends, [copy * ends[0], peak, peak], color="0.3", label="copies and products, measured"
     )
     for row in rows:
-        intensity = (row.flop or 0) / forward_bytes(row.shape)
+        # Of a GPU, what our kernels move; else what nobody can do without.
+        moved = forward_bytes(row.shape) if machine["driver"] else row.least_bytes
+        intensity = (row.flop or 0) / (moved or 1)
         label = f"{row.shape.B} x {row.shape.H} x {row.shape.D}, T {row.shape.T:,}, "
         reached = (row.flop or 0) / (row.median_s or 1)
         axis.plot(intensity, reached, "o", label=f"{label}chunk {row.shape.chunk}")

@@ -94,7 +94,7 @@ def our_operator(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
 def our_reading(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
     """Every q of the memory as it begins."""
     q, weights, norm = (inputs[name] for name in ("q", "weights", "norm"))
-    return Task(lambda: retrieve(q, weights, norm=norm, backend=backend), [])
+    return Task(lambda: retrieve(q, weights, norm=norm, backend=backend), [q, *weights, *norm])
 
 
 def our_layer(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
@@ -143,7 +143,7 @@ def defined_operator(inputs: Inputs, shape: Shape) -> Task:
 
 def defined_reading(inputs: Inputs, shape: Shape) -> Task:
     q, weights, norm = (inputs[name] for name in ("q", "weights", "norm"))
-    return Task(lambda: reference.retrieve(q, weights, norm=norm), [])
+    return Task(lambda: reference.retrieve(q, weights, norm=norm), [q, *weights, *norm])
 
 
 def defined_layer(inputs: Inputs, shape: Shape) -> Task:

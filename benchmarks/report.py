@@ -26,13 +26,14 @@ COLUMNS = (
     "calls",
     "tokens/s",
     "GFLOP/s",
-    "of ceiling",
+    "of product",
+    "of copy",
     "peak MiB",
     "x time",
     "x memory",
 )
-WIDTHS = (14, 11, 5, 5, 16, 20, 9, 9, 9, 5, 9, 7, 10, 8, 6, 8)
-LEFT = (True, False, False, False, True, True, *[False] * 10)
+WIDTHS = (14, 11, 6, 5, 16, 20, 9, 9, 9, 5, 9, 7, 10, 7, 8, 6, 8)
+LEFT = (True, False, False, False, True, True, *[False] * 11)
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,15 @@ def markdown(report: Report, cases: tuple[Case, ...]) -> str:
         "",
         report.machine.line(),
         "",
-        f"Ceiling, measured in the same run: {report.machine.ceiling()}.",
+        f"Ceilings, measured in the same run: {report.machine.ceiling()}.",
         "",
         f"In {dtypes}. A time is the median of calls that providers took in turns; p20 and p80 "
         f"are percentiles. x time and x memory: how many times that of {OURS}, paired in one run. "
         "Peak memory: growth of a process of its own over what it held when the call began, "
         "parameters and inputs. GFLOP/s: matrix products that are done, those done again in the "
-        "backward pass included, over the whole time.",
+        "backward pass included, over the whole time. Of product: of the first ceiling. Of copy: "
+        "of the second, if inputs, parameters and output, with backward their gradients too, were "
+        "all that is moved, once.",
     ]
     for case in cases:
         rows = [row for row in report.rows if row.case == case.name]
@@ -156,6 +159,7 @@ def _cells(row: Row) -> list[str]:
         number(row.tokens_per_s, ",.0f"),
         number(rate, ".1f", 1e-9),
         number(row.of_ceiling, ".0%"),
+        number(row.of_copy, ".1%"),
         number(row.peak_bytes, ",.1f", 2**-20),
         number(row.time_ratio, ".2f"),
         number(row.memory_ratio, ".2f"),

@@ -15,6 +15,7 @@ from benchmarks import report
 from benchmarks.breakdown import DISPATCH, PRODUCTS, PYTHON, group_of
 from benchmarks.cases import CASES, OURS, TINY
 from benchmarks.harness import FIELDS, QUICK, measure, runner
+from benchmarks.machine import describe
 from benchmarks.memory import RESET, peak_growth
 from benchmarks.providers import Task, our_operator
 from benchmarks.shapes import BOTH, FORWARD, Shape, layer_flop
@@ -23,6 +24,7 @@ from titans_kernels import ops
 ROOT = Path(__file__).parents[1]
 BY_NAME = {case.name: case for case in CASES}
 EFFORT = replace(QUICK, memory=False)
+MACHINE = describe(1, 64)
 MIB = 2**20
 
 
@@ -49,7 +51,8 @@ def test_a_quick_run_records_everything(tmp_path):
         assert row["peak_bytes"] >= 0
         if row["provider"] == OURS:
             assert row["time_ratio"] == 1 and 0 <= row["error"] <= BY_NAME[row["case"]].bound
-            assert row["case"] == "decode" or (row["flop"] > 0 and row["of_ceiling"] > 0)
+            shares = row["flop"], row["of_ceiling"], row["least_bytes"], row["of_copy"]
+            assert row["case"] == "decode" or all(share > 0 for share in shares)
     assert machine["matmul_flops"] > 0 and machine["threads"] == 1
     assert all(machine[name] for name in ("device", "torch", "python", "commit", "date"))
     for part in record["breakdowns"]:
@@ -97,7 +100,7 @@ def with_ours(build):
 
 @pytest.mark.parametrize("fault", [slightly_wrong, wrong_gradient, wrong_when_long, not_a_number])
 def test_a_wrong_operator_is_not_timed(fault):
-    [row] = measure(with_ours(fault), TINY, BOTH, 1e9, EFFORT)
+    [row] = measure(with_ours(fault), TINY, BOTH, MACHINE, EFFORT)
     assert row.provider == OURS and "wrong" in row.problem
     assert row.median_s is None and row.time_ratio is None and row.calls is None
     assert "not timed" in report.line(row)
@@ -116,7 +119,7 @@ def test_a_missing_peer_is_reported():
 
     case = BY_NAME["operator"]
     case = replace(case, providers={OURS: our_operator, "peer": absent})
-    ours, peer = measure(case, TINY, FORWARD, 1e9, EFFORT)
+    ours, peer = measure(case, TINY, FORWARD, MACHINE, EFFORT)
     assert ours.problem is None and ours.median_s > 0
     assert "No module named 'peer'" in peer.problem and peer.median_s is None
 

@@ -16,6 +16,7 @@ from benchmarks.cases import OURS
 from benchmarks.gpu import collect
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.kit import AGAIN, MORE, Kit, Step, program, work
+from benchmarks.gpu.matrix import REHEARSED
 from benchmarks.gpu.stages import METRICS, STAGES, counters
 from benchmarks.harness import Row
 from benchmarks.journal import Journal
@@ -49,7 +50,7 @@ def test_rehearsal(tmp_path):
     assert problems <= {"ncu is not here", "compute-sanitizer is not here"}
     assert all("begun" not in row for stage in STAGES for row in journal.stage(stage).values())
     timed = [row for step in journal.stage("bench").values() for row in step.get("rows", ())]
-    assert {row["case"] for row in timed} == {"operator", "retrieve", "layer", "decode"}
+    assert {row["case"] for row in timed} == set(REHEARSED)
     assert "No module named 'fla'" in str(timed) or "fla" in sys.modules
 
     page = tmp_path / "README.md"

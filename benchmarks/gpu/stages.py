@@ -18,7 +18,7 @@ from .. import tune
 from ..checking import Setting, bound, error
 from ..harness import QUICK, Effort, measure
 from ..journal import Row
-from ..machine import describe
+from ..machine import Machine, describe
 from ..shapes import Shape
 from .kit import Kit, Stage, Step, Steps, program, python
 from .matrix import cases
@@ -85,20 +85,20 @@ def bench(kit: Kit) -> Steps:
     row = kit.journal.get("bench", "machine")
     if row is None or "machine" not in row:
         return
-    ceiling = row["machine"]["matmul_flops"]
+    found = Machine(**row["machine"])
     effort = replace(QUICK, memory=False) if kit.rehearse else Effort(5, 10.0, 0.3)
     for case in cases(kit.rehearse):
         for shape, mode in product(case.shapes, case.modes):
             name = f"{case.name}, {mode}, {shape.B} x {shape.H} x {shape.D}, T {shape.T}"
             name += f", chunk {shape.chunk}"
 
-            def timed(case=case, shape=shape, mode=mode) -> Row:
-                rows = list(measure(case, shape, mode, ceiling, effort))
-                found: Row = {"rows": [row.record() for row in rows]}
+            def step(case=case, shape=shape, mode=mode) -> Row:
+                rows = list(measure(case, shape, mode, found, effort))
+                timed: Row = {"rows": [row.record() for row in rows]}
                 ours = rows[0]
-                return found | ({"problem": ours.problem} if ours.problem else {"s": ours.median_s})
+                return timed | ({"problem": ours.problem} if ours.problem else {"s": ours.median_s})
 
-            yield Step(name, timed, 5 if kit.rehearse else 40)
+            yield Step(name, step, 5 if kit.rehearse else 40)
 
 
 def tiles(kit: Kit) -> Steps:
