@@ -112,6 +112,16 @@ CASES = (
         shapes=(Shape(T=512),),
         quick=(TINY,),
     ),
+    Case(
+        "compiled",
+        "The whole layer as it is, and under torch.compile.",
+        providers.layer_inputs,
+        providers.defined_layer,
+        {OURS: providers.our_layer, "compiled": providers.our_compiled_layer},
+        {OURS: layer_flop, "compiled": layer_flop},
+        shapes=(Shape(T=2048),),
+        quick=(TINY,),
+    ),
     OPERATOR,
     replace(
         ALONE,

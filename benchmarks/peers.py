@@ -1,4 +1,4 @@
-"""Other sequence models on the operator's q, k and v, for scale, and our backend compiled.
+"""Other sequence models on the operator's q, k and v, for scale.
 
 They compute something else. Each builder takes what it needs of the inputs; one whose package is
 not installed raises ImportError, which the report shows.
@@ -9,20 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from titans_kernels import neural_memory
-
-from .providers import Builder, Inputs, Task, attention_leaves, leaves_of
+from .providers import Builder, Inputs, Task, attention_leaves
 from .shapes import Shape
-
-
-def compiled_operator(inputs: Inputs, shape: Shape) -> Task:
-    """Our PyTorch backend under torch.compile."""
-    run = torch.compile(neural_memory, fullgraph=True, dynamic=False)
-
-    def call() -> Tensor:
-        return run(**inputs, chunk_size=shape.chunk, backend="torch")[0]
-
-    return Task(call, leaves_of(inputs))
 
 
 def gated_delta_rule(inputs: Inputs, shape: Shape) -> Task:

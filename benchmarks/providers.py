@@ -102,6 +102,13 @@ def our_layer(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
     return Task(lambda: layer(x)[0], [x, *layer.parameters()])
 
 
+def our_compiled_layer(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
+    """Under torch.compile, to which the operator is one operation."""
+    x, layer = inputs["x"], _our_layer(inputs, shape, backend)
+    run = torch.compile(layer, fullgraph=True, dynamic=False)
+    return Task(lambda: run(x)[0], [x, *layer.parameters()])
+
+
 def our_step(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
     """The last token, after all others."""
     x, layer = inputs["x"], _our_layer(inputs, shape, backend)

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,10 @@ from benchmarks import __main__ as command
 from benchmarks import report
 from benchmarks.breakdown import DISPATCH, PRODUCTS, PYTHON, group_of
 from benchmarks.cases import CASES, OURS, TINY
-from benchmarks.harness import FIELDS, QUICK, measure, runner
+from benchmarks.harness import FIELDS, QUICK, Row, measure, runner
 from benchmarks.machine import describe
 from benchmarks.memory import RESET, peak_growth
+from benchmarks.plots import draw
 from benchmarks.providers import Task, our_operator
 from benchmarks.shapes import BOTH, FORWARD, Shape, layer_flop
 from titans_kernels import ops
@@ -161,6 +162,27 @@ def test_formula_counts_the_products_that_are_done(chunk, mode):
             runner(task, mode)()
     formula = layer_flop(shape, mode)
     assert formula <= counter.get_total_flops() <= 1.05 * formula
+
+
+def test_pictures_of_what_there_are_rows_for(tmp_path):
+    def row(case, provider=OURS, mode=FORWARD, **size):
+        shape = Shape(**{"T": 64, "H": 4, **size})
+        found = Row(
+            case, shape, mode, provider, median_s=1e-3, peak_bytes=MIB, flop=1, of_ceiling=0.5
+        )
+        return replace(found, least_bytes=1, time_ratio=2.0, memory_ratio=2.0).record()
+
+    def drawn(*rows):
+        record = tmp_path / "run.json"
+        record.write_text(json.dumps({"machine": asdict(MACHINE), "rows": rows}))
+        return {path.stem.removeprefix("run-") for path in draw(record) if path.stat().st_size}
+
+    modes = [{"mode": mode, "chunk": chunk} for mode in (FORWARD, BOTH) for chunk in (16, 64)]
+    assert drawn() == set()
+    assert drawn(row("sizes")) == set()  # one chunk size compares with none
+    assert drawn(*(row("sizes", **how) for how in modes)) == {"chunks"}
+    assert drawn(*(row("operator", **how) for how in modes)) == {"time", "memory", "roofline"}
+    assert drawn(row("layer", "titans-pytorch")) == {"ratios"}
 
 
 def allocates(inputs, shape):

@@ -85,6 +85,10 @@ def neural_memory(
         `initial_state` continues exactly, wherever the sequence was cut, gradients included. One
         token costs a pass over its open chunk, at most chunk_size tokens.
 
+    For gradients it keeps W and S of every 2,048th token of a sequence (Triton) or every 256th to
+    512th (PyTorch), which is 128 or at most 1,024 bytes a token and head at D 64 and hidden 256,
+    and computes what lies between again, so many tokens at a time.
+
     `torch.compile(fullgraph=True)` and `torch.export` take it, once for all lengths; cu_seqlens is
     not looked at there. Under autocast it computes as outside. Checkpointing takes
     `use_reentrant=False`: the other kind drops gradients that flow through the state alone. The
