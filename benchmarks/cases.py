@@ -146,7 +146,7 @@ CASES = (
         ALONE,
         name="long",
         about="The operator where attention is out of reach.",
-        shapes=(Shape(T=32768), Shape(T=131072)),
+        shapes=(Shape(T=65536),),
     ),
     Case(
         "retrieve",
