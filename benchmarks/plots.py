@@ -142,14 +142,13 @@ def _roofline(rows: list[Row], machine: dict[str, Any]) -> Any:
     axis = figure.subplots()
     peak, copy = machine["matmul_flops"], machine["copy_bytes"]
     knee = peak / copy
-    ends = [knee / 64, knee, knee * 16]
-    axis.plot(
-        ends, [copy * ends[0], peak, peak], color="0.3", label="copies and products, measured"
-    )
-    for row in rows:
-        # Of a GPU, what our kernels move; else what nobody can do without.
-        moved = forward_bytes(row.shape) if machine["driver"] else row.least_bytes
-        intensity = (row.flop or 0) / (moved or 1)
+    # Of a GPU, what our kernels move; else what nobody can do without.
+    moved = [forward_bytes(r.shape) if machine["driver"] else r.least_bytes or 1 for r in rows]
+    intensities = [(r.flop or 0) / m for r, m in zip(rows, moved, strict=True)]
+    ends = [knee / 8, knee, 2 * max(8 * knee, *intensities)]
+    roof = [copy * ends[0], peak, peak]
+    axis.plot(ends, roof, color="0.3", label="copies and products, measured")
+    for row, intensity in zip(rows, intensities, strict=True):
         label = f"{row.shape.B} x {row.shape.H} x {row.shape.D}, T {row.shape.T:,}, "
         reached = (row.flop or 0) / (row.median_s or 1)
         axis.plot(intensity, reached, "o", label=f"{label}chunk {row.shape.chunk}")
