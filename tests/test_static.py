@@ -58,13 +58,16 @@ def test_ceilings_are_recorded():
 # -------------------------------------------------------------------------------- the check itself
 
 
+CONSTANTS = {"D": "64", "BD": "64", "BT": "64", "BH": "64", "BQ": "64"}
+
+
 def _report(**changes):
     report = offline.Report(
         kernel="retrieve_kernel",
         arch="sm_90",
         num_warps=8,
         num_stages=2,
-        constants={"D": "64", "BD": "64", "BT": "64", "BH": "64", "BQ": "64"},
+        constants=CONSTANTS,
         registers=214,
         stack=0,
         spills=0,
@@ -92,8 +95,8 @@ def _report(**changes):
             "at most 256",
         ),
         ({"stack": 264, "arch": "sm_80", "tensor_core": {"HMMA": 256}}, "at most 256"),
-        ({"stack": 72, "kernel": "scan_backward_kernel"}, "at most 8"),
-        ({"stack": 8, "kernel": "retrieve_backward_kernel"}, "at most 0"),
+        ({"stack": 8, "kernel": "scan_backward_kernel"}, "8 bytes of stack, at most 0"),
+        ({"stack": 17, "constants": {**CONSTANTS, "CHUNK": "64"}}, "at most 16"),
         ({"shared": 126_977}, "126,977 bytes of shared memory, recorded 126,976"),
         ({"shared": 232_449}, "232,449 bytes of shared memory, at most 232,448"),
         ({"traps": 1}, "1 traps, at most 0"),
@@ -126,7 +129,7 @@ def test_check(changes, problem):
 )
 def test_products_and_costs_are_known(kernel, products):
     """Of what backward launches too: what products sum over at least, by 16 elements at a time."""
-    sizes = {"D": "128", "BD": "128", "BT": "64", "BH": "64", "CHUNK": "16"}
+    sizes = {"D": "128", "BD": "128", "BR": "64", "BT": "64", "BH": "64", "CHUNK": "16"}
     reader = {"KEYS": "True"} if kernel == "inputs_backward" else {}
     keeps = {"KEEP": "True"} if kernel in ("scan", "retrieve") else {}
     report = _report(kernel=f"{kernel}_kernel", constants=sizes | reader | keeps)
