@@ -15,6 +15,7 @@ VENV   ?= .venv
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.ready
 OTHER := $(VENV)/triton-$(SECOND)
+OWN   := $(VENV)/transformers-tests
 
 # One thread a worker: the suite runs two workers, and its tensors are too small to split.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -39,11 +40,24 @@ $(OTHER): | $(READY)
 		--target $@.part "triton==$(SECOND)"
 	mv $@.part $@
 
+# transformers' own tests of a model, of the release that is installed: no wheel holds them.
+RELEASE = $(shell $(PY) -c 'from importlib.metadata import version; print(version("transformers"))')
+$(OWN): $(READY)
+	rm -rf $@ $@.part
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--no-binary transformers --dest $@.part "transformers==$(RELEASE)"
+	tar -xzf $@.part/transformers-$(RELEASE).tar.gz -C $@.part --strip-components 1 \
+		transformers-$(RELEASE)/tests
+	rm $@.part/*.tar.gz
+	mv $@.part $@
+	touch $@
+
 demo: $(READY) ## Train a small byte-level model and watch its memory learn while it reads
 	$(PY) -m titans_kernels.demo
 
-test: check $(OTHER) ## Lint, type-check and run every test that this machine can run
-	SECOND_TRITON=$(abspath $(OTHER)) $(ONE_THREAD) $(PY) -m pytest -n 2 --dist worksteal --durations 10 $(PYTEST)
+test: check $(OTHER) $(OWN) ## Lint, type-check and run every test that this machine can run
+	SECOND_TRITON=$(abspath $(OTHER)) TRANSFORMERS_TESTS=$(abspath $(OWN)) $(ONE_THREAD) \
+		$(PY) -m pytest -n 2 --dist worksteal --durations 10 $(PYTEST)
 
 check: $(READY) ## Lint, formatting and types only
 	$(PY) -m ruff check .

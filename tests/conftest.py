@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import transformers_own
 import triton_support
 
 if not torch.cuda.is_available():
@@ -18,6 +19,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def device() -> str:
     """A GPU where there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for mark in transformers_own.marks():
+        config.addinivalue_line("markers", f"{mark}: on transformers' own tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

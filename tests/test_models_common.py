@@ -1,15 +1,9 @@
-"""What transformers asks of every model in its own common tests, where it applies to Titans.
+"""What transformers asks of every model, in more detail than its own tests do.
 
-Its own run too, given a checkout of the installed version and what they import; their marks are
-not ours:
-
-    TRANSFORMERS_TESTS=<checkout> python -m pytest -o addopts= tests/test_models_common.py
+Those run too: test_transformers_own.py.
 """
 
 import copy
-import os
-import sys
-import unittest
 
 import pytest
 import torch
@@ -117,6 +111,8 @@ def test_hidden_states(cls, padded):
         out[0].sum().backward()
         assert all(h.grad is not None and h.grad.any() for h in out.hidden_states)
     _close(out[0], model(**inputs, output_hidden_states=False)[0])
+    with pytest.raises(TypeError, match=r"output_hidden_states: got \[0\], takes True or False"):
+        model(**inputs, output_hidden_states=[0])
 
 
 def test_the_loss_takes_what_trainers_pass():
@@ -339,47 +335,3 @@ def test_the_trainer(tmp_path):
     trainer = Trainer(_model().float(), arguments, train_dataset=rows, eval_dataset=rows)
     assert trainer.train().global_step == 3
     assert trainer.evaluate()["eval_loss"] > 0
-
-
-# ------------------------------------------------------------------------ transformers' own
-
-if os.environ.get("TRANSFORMERS_TESTS"):
-    sys.path.insert(0, os.environ["TRANSFORMERS_TESTS"])
-    from tests.generation.test_utils import GenerationTesterMixin
-    from tests.test_modeling_common import ModelTesterMixin, ids_tensor
-    from transformers.models.auto import modeling_auto
-
-    # Where its tests look up which classes have a loss.
-    modeling_auto.MODEL_MAPPING_NAMES["titans"] = "TitansModel"
-    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["titans"] = "TitansForCausalLM"
-
-    class _Own(ModelTesterMixin, GenerationTesterMixin):
-        """They ask `model_tester` for inputs and sizes, which is this class too."""
-
-        all_model_classes = TitansModel, TitansForCausalLM
-        base_model_class, causal_lm_class = all_model_classes
-        has_attentions, is_training = False, True
-        batch_size, seq_length = 3, 7
-        hidden_size, num_hidden_layers, num_attention_heads = 16, 2, 2
-
-        def setUp(self):
-            self.model_tester = self
-
-        def get_config(self):
-            return TitansConfig(**(TINY | {"variant": self.variant, "eos_token_id": 2}))
-
-        def prepare_config_and_inputs_for_common(self):
-            tokens = ids_tensor([self.batch_size, self.seq_length], V)
-            mask = torch.tril(torch.ones_like(tokens))  # padding on the right
-            return self.get_config(), {"input_ids": tokens, "attention_mask": mask}
-
-        def _check_past_key_values_for_generate(
-            self, batch_size, past_key_values, seq_length, config
-        ):
-            for layer in past_key_values.layers:
-                assert isinstance(layer, MemoryLayer) and layer.get_seq_length() == seq_length
-                assert all(len(x) == batch_size for x in pytree.tree_leaves(layer.state))
-
-    for _variant in VARIANTS:
-        _name = f"TestOwn{_variant.upper()}"
-        globals()[_name] = type(_name, (_Own, unittest.TestCase), {"variant": _variant})

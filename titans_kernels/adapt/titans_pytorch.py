@@ -116,7 +116,7 @@ class TitansPytorchMemory(nn.Module):
                               the rate of a loss that is a mean: theta of `neural_memory`, whose
                               loss is a sum, is 1 / dim_head of it
         use_accelerated_scan  either: it says how to compute, which is the operator's business
-        dim_head, heads, activation, momentum, pre_rmsnorm, post_rmsnorm, qk_rmsnorm,
+        dim, dim_head, heads, activation, momentum, pre_rmsnorm, post_rmsnorm, qk_rmsnorm,
         per_parameter_lr_modulation, max_mem_layer_modulation, per_head_learned_parameters,
         init_adaptive_step_bias, init_momentum_bias, init_decay_bias
                               as there

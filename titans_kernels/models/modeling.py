@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .. import checks
 from ..adapt.cache import MemoryLayer, TitansCache, memory_layer
 from ..adapt.rows import rows_of
 from ..adapt.variants import build
@@ -138,6 +139,7 @@ class TitansModel(TitansPreTrainedModel):
 
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        checks.boolean("output_hidden_states", output_hidden_states)
         if cu_seqlens is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")
         rows = None if cu_seqlens is not None else rows_of(x, attention_mask, position_ids, past)
