@@ -233,20 +233,32 @@ class SegmentAttention(Attention):
         values: Tensor,
         length: Tensor,
         prefix: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens x [N, n, dim] of open segments that have `length` [N] tokens before them.
+        """Tokens x [N, n, dim], or packed, of open segments with `length` [N] tokens before them.
 
-        Returns (y [N, n, dim], keys, values), the latter [N, 2, segment, inner] with x entered.
+        Returns (y, of x's shape, keys, values), the latter [N, 2, segment, inner] with x entered.
         """
-        place = length[:, None] + torch.arange(x.shape[1], device=x.device)  # [N, n]
+        N, n, token = len(length), x.shape[1], None
+        q, both = self.q_proj(x), torch.stack([retrieved, x], 2)
+        k, v = self.k_proj(both), self.v_proj(both)  # [B, T, 2, inner]
+        if cu_seqlens is not None:  # a row for every sequence, as long as the longest
+            _, token = _rows(cu_seqlens, x)
+            n = max(cu_seqlens.diff().tolist(), default=0)
+            q = _unpack(q, token, N, n)
+        place = length[:, None] + torch.arange(n, device=x.device)  # [N, n]
+        if token is None:
+            entry = torch.arange(N, device=x.device)[:, None], place
+        else:  # of tokens alone: nothing behind a sequence's end is ever a key
+            entry = token[0][None], place[token][None]
+        keys, values = (
+            held.transpose(1, 2).index_put(entry, new).transpose(1, 2)
+            for held, new in ((keys, k), (values, v))
+        )
         slot = torch.arange(self.segment, device=x.device)
-        both = torch.stack([retrieved, x], 1)  # [N, 2, n, dim]
-        k, v = self.k_proj(both), self.v_proj(both)
-        index = place[:, None, :, None].expand_as(k)
-        keys, values = keys.scatter(2, index, k), values.scatter(2, index, v)
         visible = (slot <= place[..., None]).repeat(1, 1, 2)  # [N, n, 2 segment]
         places = place, slot.repeat(2)
-        y = self.attend(
-            self.q_proj(x), keys.flatten(1, 2), values.flatten(1, 2), places, visible, prefix
-        )
+        y = self.attend(q, keys.flatten(1, 2), values.flatten(1, 2), places, visible, prefix)
+        if token is not None:
+            y = y[token][None]
         return self.out_proj(y), keys, values

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import checking
 from .attention import SegmentAttention
 from .block import Block, Gate, MemoryOptions
-from .state import ContextState, LayerState, choose, concatenate
+from .state import ContextState, LayerState, choose, concatenate, divide
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,9 +46,9 @@ class TitansMAC(Block[ContextState]):
 
         those of NeuralMemory + 4 dim inner + n_persistent dim + 2 dim
 
-    Segments follow one another: one starts with what the one before has learned. Packed sequences,
-    and rows that reach the ends of their segments at different tokens of one call, are read one
-    after another; decoding a token is always one batch.
+    Segments follow one another: one starts with what the one before has learned. Sequences, packed
+    or not, are read side by side, whatever their lengths and wherever their segments end: a call
+    takes as many rounds as the sequence with the most segments has.
 
     Args:
         dim (int): width of the model.
@@ -101,57 +103,70 @@ class TitansMAC(Block[ContextState]):
         self, x: Tensor, state: ContextState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, ContextState]:
         T = x.shape[1]
+        sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         opened = [0]  # tokens in the open segments; any will do for a step, which never overshoots
         if state is None:
-            state = self._empty(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+            state = self._empty(sequences)
         else:
-            self._check_state(x, state, cu_seqlens)
+            self._check_state(x, state, sequences)
             if T != 1:
-                opened = state.length.tolist()
-        if cu_seqlens is not None:
-            rows = x.split(cu_seqlens.diff().tolist(), dim=1)
-            return self._one_by_one(rows, state, dim=1)
-        filled = max(opened, default=0)
-        if len(set(opened)) > 1 and filled + T > self.segment:
-            return self._one_by_one(x.split(1), state, dim=0)
+                opened = state.length.tolist() or opened
+        lengths = [T] if cu_seqlens is None else cu_seqlens.diff().tolist() or [T]
 
-        first = min(T, self.segment - filled)
+        n, filled = lengths[0], max(opened)
+        if _same(lengths) and (_same(opened) or filled + n <= self.segment):
+            # All end their segments at the same tokens, or none does.
+            rows = x.reshape(sequences, n, self.dim)
+            first = min(n, self.segment - filled)
+            parts = rows[:, :first], *rows[:, first:].split(self.segment, dim=1)
+            pieces = [part for part in parts if part.shape[1]] or [rows]
+            y, state = self._read_rounds([(piece, None) for piece in pieces], state)
+            return y.reshape(x.shape), state
+
+        order, tokens, ends = _in_rounds(lengths, opened, self.segment)
+        order, tokens = order.to(x.device), tokens.to(x.device)
+        sizes = [int(end[-1]) for end in ends]
+        pieces = x.flatten(0, 1).index_select(0, tokens)[None].split(sizes, dim=1)
+        state = state.index_select(order)
+        y, state = self._read_rounds(list(zip(pieces, ends, strict=True)), state)
+        y = torch.empty_like(y).index_copy(1, tokens, y)
+        return y.reshape(x.shape), state.index_select(order.argsort())
+
+    def _read_rounds(
+        self, rounds: Sequence[tuple[Tensor, Tensor | None]], state: ContextState
+    ) -> tuple[Tensor, ContextState]:
+        """A piece of every sequence in each round, packed where it comes with cu_seqlens.
+
+        Sequences that have read all they have drop out: they are the last of the state.
+        """
         out: list[Tensor] = []
-        for part in (x[:, :first], *x[:, first:].split(self.segment, dim=1)):
-            if part.shape[1] or not out:
-                y, state = self._read_segment(part, state)
-                out.append(y)
-        return torch.cat(out, 1), state
+        done: list[ContextState] = []
+        for x, cu_seqlens in rounds:
+            if cu_seqlens is not None and len(cu_seqlens) <= len(state.length):
+                state, finished = divide(state, len(cu_seqlens) - 1)
+                done.insert(0, finished)
+            y, state = self._read_segment(x, state, cu_seqlens)
+            out.append(y)
+        return torch.cat(out, 1), concatenate([state, *done]) if done else state
 
-    def _read_segment(self, x: Tensor, state: ContextState) -> tuple[Tensor, ContextState]:
-        """Tokens [N, n, dim] of the open segments, up to their end at most."""
-        retrieved, past = self.memory.recall(x, state.past)
+    def _read_segment(
+        self, x: Tensor, state: ContextState, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, ContextState]:
+        """Tokens of the open segments, up to their end at most: [N, n, dim], or packed."""
+        retrieved, past = self.memory.recall(x, state.past, cu_seqlens)
         y, keys, values = self.attention(
-            x, retrieved, state.keys, state.values, state.length, self.persistent
+            x, retrieved, state.keys, state.values, state.length, self.persistent, cu_seqlens
         )
-        m, memory = self.memory(y, state.memory)
+        m, memory = self.memory(y, state.memory, cu_seqlens)
 
-        length = state.length + x.shape[1]
+        n = x.shape[1] if cu_seqlens is None else cu_seqlens.diff().to(state.length)
+        length = state.length + n
         full = length == self.segment
         # The next segment asks what this one has learned; its questions follow on this one's.
         past = LayerState(choose(full, memory.memory, past.memory), past.convolution)
         keys, values = (z.masked_fill(full.view(-1, 1, 1, 1), 0) for z in (keys, values))
         length = length.masked_fill(full, 0)
         return self.gate(y, m), ContextState(memory, past, keys, values, length)
-
-    def _one_by_one(
-        self, rows: tuple[Tensor, ...], state: ContextState, dim: int
-    ) -> tuple[Tensor, ContextState]:
-        """Sequences [1, T_n, dim] that end their segments at different tokens; joined along dim."""
-        if not rows:
-            return self._nothing(1), state
-        out, states = [], []
-        for n, x in enumerate(rows):
-            one = state.index_select(torch.tensor([n]))
-            y, one = self._read(x, one, None)
-            out.append(y)
-            states.append(one)
-        return torch.cat(out, dim), concatenate(states)
 
     def _empty(self, sequences: int) -> ContextState:
         """The state of sequences that have not begun."""
@@ -162,8 +177,7 @@ class TitansMAC(Block[ContextState]):
         length = torch.zeros(sequences, dtype=torch.int32, device=k.device)
         return ContextState(memory, memory, slots, slots, length)
 
-    def _check_state(self, x: Tensor, state: ContextState, cu_seqlens: Tensor | None) -> None:
-        sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    def _check_state(self, x: Tensor, state: ContextState, sequences: int) -> None:
         k = self.attention.k_proj(x[:, :0])
         takes = (sequences, 2, self.segment, k.shape[2])
         for name in ("keys", "values"):
@@ -173,3 +187,40 @@ class TitansMAC(Block[ContextState]):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, segment={self.segment}"
+
+
+def _same(values: list[int]) -> bool:
+    return values[:-1] == values[1:]
+
+
+def _in_rounds(
+    lengths: list[int], opened: list[int], segment: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """How sequences are read side by side, in each round one segment of all that have one.
+
+    Args:
+        lengths: of N sequences end to end, in tokens; [n] if each has n.
+        opened: tokens in the open segments before them; [n] likewise.
+
+    Returns:
+        (order, tokens, ends): the sequences, those of most rounds first, [N]; their tokens, round
+        after round and each in that order, [T]; and of every round the cu_seqlens of those that
+        take part in it. All on the CPU, where to look at them does not wait for a GPU.
+    """
+    # Places count from the start of the open segment: a sequence goes from `begin` to `end`.
+    begin, length = torch.broadcast_tensors(torch.tensor(opened), torch.tensor(lengths))
+    end = begin + length
+    order = ((end + segment - 1) // segment).argsort(descending=True, stable=True)
+    shift = length.cumsum(0) - end  # from a place to the token that stands there
+    begin, end, shift = begin[order], end[order], shift[order]
+
+    border = segment * torch.arange(-(-int(end[0]) // segment) + 1)[:, None]
+    reached = border.clamp(begin, end)  # [rounds + 1, N]
+    pieces = reached.diff(dim=0)
+    # A piece is a run of tokens.
+    start, size = (reached[:-1] + shift).flatten(), pieces.flatten()
+    before = size.cumsum(0) - size
+    tokens = torch.arange(int(length.sum())) + (start - before).repeat_interleave(size)
+    left = (end > border[:-1]).sum(1).tolist()
+    ends = [F.pad(piece[:n].cumsum(0), (1, 0)) for piece, n in zip(pieces, left, strict=True)]
+    return order, tokens, ends

@@ -141,3 +141,10 @@ def choose(rows: Tensor, state: S, other: S) -> S:
 def concatenate(states: list[Any]) -> Any:
     """One state of all their sequences."""
     return pytree.tree_map(lambda *parts: torch.cat(parts), *states)
+
+
+def divide(state: S, first: int) -> tuple[S, S]:
+    """The state of the first sequences, and of the others."""
+    leaves, spec = pytree.tree_flatten(state)
+    one, other = zip(*(x.split([first, len(x) - first]) for x in leaves), strict=True)
+    return pytree.tree_unflatten(one, spec), pytree.tree_unflatten(other, spec)
