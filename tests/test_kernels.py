@@ -208,6 +208,14 @@ def test_a_case_that_is_not_covered_is_refused(sizes, takes):
         retrieve(inputs["q"], inputs["weights"], backend="triton")
 
 
+def test_a_triton_that_is_too_old_is_refused(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.4.0+git")
+    x, w = torch.ones(1, 3, 1, 16), torch.ones(1, 16, 16)
+    takes = r"^backend: got 'triton', which takes Triton 3\.5 or newer; found 3\.4\.0\+git$"
+    with pytest.raises(NotImplementedError, match=takes):
+        retrieve(x, (w,), backend="triton")
+
+
 def test_a_cpu_is_refused_without_the_interpreter():
     program = """
 import torch, titans_kernels

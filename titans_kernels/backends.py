@@ -11,6 +11,8 @@ from torch import Tensor
 
 from . import checks
 
+OLDEST_TRITON = 3, 5  # tl.range takes disable_licm from there on
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -33,8 +35,13 @@ def _uncovered(tokens: Tensor, matrices: Sequence[Tensor]) -> str | None:
     """What the Triton kernels take that a case is not; None if they cover it."""
     D, hidden = tokens.shape[2], [w.shape[-1] for w in matrices[:-1]]
     device = tokens.device
+    oldest = ".".join(map(str, OLDEST_TRITON))
     if not _HAS_TRITON:
-        return "an installed triton; found none"
+        return f"an installed Triton, {oldest} or newer; found none"
+    from triton import __version__ as installed
+
+    if tuple(map(int, installed.split(".")[:2])) < OLDEST_TRITON:
+        return f"Triton {oldest} or newer; found {installed}"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tensors on a GPU, or TRITON_INTERPRET=1; got device {device}"
     if device.type == "cuda" and tokens.dtype == torch.float64:

@@ -74,8 +74,8 @@ def gates(q: Tensor, depth: int, **named: Any) -> None:
 
 def weights(name: str, matrices: Any, heads: int, width: int, like: Tensor) -> None:
     """A tuple of [H, d_in, d_out] that leads from D to D."""
-    if not isinstance(matrices, tuple | list) or not matrices:
-        got = type(matrices).__name__ if not isinstance(matrices, tuple | list) else "none"
+    if not isinstance(matrices, (tuple, list)) or not matrices:
+        got = type(matrices).__name__ if not isinstance(matrices, (tuple, list)) else "none"
         raise TypeError(f"{name}: got {got}, takes a tuple of at least one [H, d_in, d_out] tensor")
     d_in = width
     for i, w in enumerate(matrices):
@@ -94,9 +94,9 @@ def weights(name: str, matrices: Any, heads: int, width: int, like: Tensor) -> N
 def norm(value: Any, q: Tensor) -> None:
     if value is None:
         return
-    if not isinstance(value, tuple | list) or len(value) != 2:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
         got = type(value).__name__
-        if isinstance(value, tuple | list):
+        if isinstance(value, (tuple, list)):
             got += f" of {len(value)}"
         raise TypeError(f"norm: got {got}, takes None or a pair (weight, bias), [H, D] each")
     for part, x in zip(("weight", "bias"), value, strict=True):
@@ -160,7 +160,7 @@ def state(
         raise TypeError(f"{name}: got {type(value).__name__}, takes a MemoryState")
     for part in ("weights", "momentum"):
         matrices = getattr(value, part)
-        if not isinstance(matrices, tuple | list):
+        if not isinstance(matrices, (tuple, list)):
             raise TypeError(
                 f"{name}.{part}: got {type(matrices).__name__}, "
                 "takes a tuple of [N, H, d_in, d_out] tensors"

@@ -19,7 +19,7 @@ def integer(name: str, value: Any, least: int) -> None:
 
 
 def positive(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}, takes a number above 0")
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}: got {value}, takes a number above 0")
