@@ -62,7 +62,7 @@ from typing import NamedTuple
 
 import torch
 
-from titans_kernels.kernels.tiles import Blocks, tile
+from titans_kernels.kernels.tiles import Blocks, Tile, tile
 
 from .shapes import BOTH, FORWARD, Shape
 
@@ -138,11 +138,15 @@ def cost(name: str, D: int, hidden: int, block: int, chunk: int, T: int) -> Cost
     }[name]
 
 
+def _tile(shape: Shape, mode: str, arch: str) -> Tile:
+    return tile(shape.D, shape.hidden, torch.bfloat16, arch, shape.chunk, mode == BOTH)
+
+
 def forward_flop(shape: Shape, mode: str, arch: str = "sm_90") -> int | None:
     """Of the kernels' passes over all tokens; None for other modes."""
     if mode != FORWARD:
         return None
-    block = tile(shape.D, shape.hidden, torch.bfloat16, arch, shape.chunk).block
+    block = _tile(shape, FORWARD, arch).block
     sizes = (shape.D, shape.hidden, block, shape.chunk, shape.T)
     once = sum(cost(name, *sizes).flop for name in ("scan", "retrieve"))
     return int(shape.B * shape.T * shape.H * once)
@@ -150,7 +154,7 @@ def forward_flop(shape: Shape, mode: str, arch: str = "sm_90") -> int | None:
 
 def forward_bytes(shape: Shape, arch: str = "sm_90") -> float:
     """Of the same passes."""
-    block = tile(shape.D, shape.hidden, torch.bfloat16, arch, shape.chunk).block
+    block = _tile(shape, FORWARD, arch).block
     sizes = (shape.D, shape.hidden, block, shape.chunk, shape.T)
     once = sum(cost(name, *sizes).bytes for name in ("coefficients", "scan", "retrieve"))
     return shape.B * shape.T * shape.H * once
@@ -158,7 +162,7 @@ def forward_bytes(shape: Shape, arch: str = "sm_90") -> float:
 
 def predict(shape: Shape, mode: str = FORWARD, arch: str = "sm_90") -> dict[str, float]:
     """Seconds of each pass of a call, by name."""
-    size = tile(shape.D, shape.hidden, torch.bfloat16, arch, shape.chunk)
+    size = _tile(shape, mode, arch)
     sizes = (shape.D, shape.hidden, size.block, shape.chunk, shape.T)
     tokens = shape.B * shape.T * shape.H
     seconds = {name: 1e-9 * tokens * cost(name, *sizes).floor for name in PASSES[mode]}

@@ -53,22 +53,28 @@ def launch(
     depth: int = 2,
     chunk: int = CHUNK,
     backward: bool = False,
+    training: bool = False,
 ) -> None:
-    """Launch every kernel of forward, or of backward, as the operators do."""
+    """Launch every kernel of forward, or of backward, as the operators do.
+
+    Forward takes the tile of backward in training.
+    """
     D, hidden = head_dim, 4 * head_dim if depth == 2 else head_dim
     q = torch.empty(1, T, H, D, dtype=getattr(torch, dtype), device="meta")
     gates = (q.new_empty(1, T, H),) * 3
     weights = (q.new_empty(H, D, hidden), q.new_empty(H, hidden, D))[:depth]
     norm, options = (q.new_empty(H, D),) * 2, Options("gelu_tanh", True)
     packed, longest = pack(q, q, q, gates, weights, norm, None, None)
-    with using(tile(D, hidden, q.dtype, arch, chunk)):
+    with using(tile(D, hidden, q.dtype, arch, chunk, backward or training)):
         if backward:
             states = [*packed.weights, *packed.momentum]
             kept = [states[0].new_empty(x) for x in operator.kept_shapes(packed, chunk)]
             operator.backward(packed, options, chunk, longest, kept, packed.q, states)
             return
         operator.forward(packed, options, chunk, longest, [])
-        reading = Reading(packed.q, packed.weights, packed.norm, packed.cu)
+    with using(tile(D, hidden, q.dtype, arch)):
+        starts = torch.cat([packed.bounds[:1, 0], packed.bounds[:, 1]])
+        reading = Reading(packed.q, packed.weights, packed.norm, starts)
         operator.retrieve(reading, options, longest)
 
 
@@ -91,7 +97,15 @@ def chunk_size(report: Report) -> int:
 def key(report: Report) -> str:
     sizes = [f"D {head_dim(report)}"] if head_dim(report) else []
     sizes += [f"chunk {chunk_size(report)}"] if chunk_size(report) != CHUNK else []
+    sizes += [f"block {report.constants['BT']}"] if is_training(report) else []
     return ", ".join([name(report), *sizes, report.arch])
+
+
+def is_training(report: Report) -> bool:
+    """Whether it is a pass of forward with a tile that only training takes."""
+    D = head_dim(report)
+    alone = tile(D, 4 * D, torch.bfloat16, report.arch, chunk_size(report), backward=False)
+    return name(report) in model.FORWARD_PASSES and int(report.constants["BT"]) != alone.block
 
 
 def cost(report: Report) -> Cost:
@@ -146,13 +160,14 @@ def version() -> str:
 def most_stack(report: Report) -> int:
     """Bytes a thread may spill: none where kernels are meant to be fast.
 
-    That is on gfx942, and on sm_90 and sm_100 up to D 128 in chunks of 16. Chunks of 64 at D 128
-    do, 16 bytes, with Triton 3.9 and not with 3.6.
+    That is on gfx942, and on sm_90 and sm_100 up to D 128 in chunks of 16. At D 128, 16 bytes are
+    what chunks of 64 take with Triton 3.9, and blocks of 128 tokens with 3.6.
     """
     if report.arch == "gfx942":
         return 0
     if report.arch in ("sm_90", "sm_100") and head_dim(report) <= 128:
-        return 0 if chunk_size(report) == CHUNK else 16
+        wide = chunk_size(report) > CHUNK or int(report.constants["BT"]) > 64
+        return 16 if wide else 0
     return 256
 
 
@@ -224,11 +239,17 @@ def compiled(architectures: Iterable[str], head_dims: Iterable[int]) -> Iterable
     for arch in architectures:
         seen: set[str] = set()
         for size in head_dims:
-            launches: tuple[tuple[set[str] | None, dict[str, Any]], ...] = (
+            launches: list[tuple[set[str] | None, dict[str, Any]]] = [
                 (None, {}),
                 ({"scan_kernel"}, {"chunk": LONG_CHUNK}),
                 (None, {"backward": True}),
-            )
+            ]
+            for only, options in launches[:2]:
+                chunk = options.get("chunk", CHUNK)
+                ways = [tile(size, 4 * size, torch.bfloat16, arch, chunk, x) for x in (True, False)]
+                if ways[0] != ways[1]:
+                    passes = {f"{x}_kernel" for x in model.FORWARD_PASSES}
+                    launches.append((only or passes, options | {"training": True}))
             for only, options in launches:
                 with compiling(arch, only) as reports:
                     launch(size, arch, **options)

@@ -1,9 +1,10 @@
 """Measures tiles and rewrites the table that ships: `python -m benchmarks.tune`
 
-Goes down from the tile that ships: one field after another takes its other values, and the fastest
-tile so far goes on. Every tile is first checked, on poisoned memory, against the PyTorch backend in
-float64; one that does not compile, does not fit or is wrong is written down as such and left. What
-was measured stands in a file, a line each, and is not measured again: stop it and start it anew.
+Goes down from the tile that ships, without gradients and with: one field after another takes its
+other values, and the fastest tile so far goes on. Every tile is first checked, on poisoned memory,
+against the PyTorch backend in float64; one that does not compile, does not fit or is wrong is
+written down as such and left. What was measured stands in a file, a line each, and is not measured
+again: stop it and start it anew.
 
     python -m benchmarks.tune --head-dim 64 128 --chunk 16 --out tune.jsonl
     python -m benchmarks.tune --head-dim 64 128 --chunk 16 --out tune.jsonl --write
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,34 +36,52 @@ from .checking import Setting, alive, bound, error, results
 from .journal import Journal, in_short
 from .shapes import Shape
 
+Change = dict[str, Any]  # fields of a tile, and what they become
+
+
+def one(field: str, *values: Any) -> tuple[Change, ...]:
+    return tuple({field: value} for value in values)
+
+
+def warps(field: str) -> tuple[Change, ...]:
+    return one(field, Schedule(4), Schedule(8))
+
+
+def schedules(field: str) -> tuple[Change, ...]:
+    return one(field, *(Schedule(w, s) for w in (4, 8) for s in (1, 2, 3)))
+
+
+def blocks(*sizes: int) -> tuple[Change, ...]:
+    """With the warps of scan, which holds a block: neither is fast without the other."""
+    return tuple({"block": n, **scan} for n in sizes for scan in warps("scan"))
+
+
 # In the order in which they are tried: sizes first, schedules fit them.
-FIELDS: dict[str, tuple[Any, ...]] = {
-    "block": (32, 64, 128),
-    "slice": (32, 64, 128),
-    "queries": (16, 32, 64, 128),
-    "scan": (Schedule(4), Schedule(8)),
-    **dict.fromkeys(
-        ("retrieve", "recall"), tuple(Schedule(w, s) for w in (4, 8) for s in (1, 2, 3))
-    ),
-}
-BACKWARD: dict[str, tuple[Any, ...]] = {
-    "rows": (32, 64),
-    **dict.fromkeys(
-        ("retrieve_backward", "scan_backward", "inputs_backward"), (Schedule(4), Schedule(8))
-    ),
-}
+FORWARD = (
+    blocks(32, 64, 128),
+    one("slice", 32, 64, 128),
+    one("queries", 16, 32, 64, 128),
+    schedules("retrieve"),
+)
+TRAINING = (
+    blocks(32, 64),
+    one("slice", 32, 64),
+    one("rows", 32, 64),
+    schedules("recall"),
+    *map(warps, ("retrieve_backward", "scan_backward", "inputs_backward")),
+)
 NAMES = {value: name for name, value in vars(tiles).items() if isinstance(value, Schedule)}
 
 
 def descend(
-    start: Tile, fields: dict[str, tuple[Any, ...]] = FIELDS
+    start: Tile, steps: Sequence[Sequence[Change]] = FORWARD
 ) -> Generator[Tile, float | None, tuple[Tile, float | None]]:
     """Yields tiles, is sent their time or None for one that is no good; returns the fastest."""
     best, least = start, (yield start)
-    for field, values in fields.items():
+    for changes in steps:
         middle = best
-        for value in values:
-            candidate = replace(middle, **{field: value})
+        for change in changes:
+            candidate = replace(middle, **change)
             if candidate == middle:
                 continue
             took = yield candidate
@@ -110,38 +129,30 @@ def _gradients(setting: Setting) -> str:
 
 
 def walk(
-    setting: Setting, journal: Journal, fields: dict[str, tuple[Any, ...]] = FIELDS
+    setting: Setting, journal: Journal, steps: Sequence[Sequence[Change]] | None = None
 ) -> Iterator[tuple[str, Tile]]:
-    """What is still to be measured; the one who asks records it before the next.
-
-    With gradients it starts from the tile that was found without.
-    """
+    """What is still to be measured; the one who asks records it before the next."""
     s = setting.shape
     arch = architecture(torch.device(setting.device))
-    size = f"{arch}, D {s.D}, chunk {s.chunk}"
-    start = tiles.tile(s.D, s.hidden, getattr(torch, setting.dtype), arch, s.chunk)
-    if setting.backward and (forward := journal.get("tuned", size)):
-        start = _tile(forward["tile"])
-    steps = descend(start, fields)
+    dtype = getattr(torch, setting.dtype)
+    start = tiles.tile(s.D, s.hidden, dtype, arch, s.chunk, setting.backward)
+    steps = steps or (TRAINING if setting.backward else FORWARD)
+    down = descend(start, steps)
     try:
-        tile = next(steps)
+        tile = next(down)
         while True:
             name = key(setting, tile)
             if "begun" in (journal.get("tune", name) or {"begun": 0}):
                 yield name, tile
             row = journal.get("tune", name)
             assert row is not None, "the last one was not recorded"
-            tile = steps.send(row.get("ms"))
+            tile = down.send(row.get("ms"))
     except StopIteration as end:
         best, least = end.value
         found = {"ms": least, "head_dim": s.D, "chunk": s.chunk, "arch": arch}
-        found |= {"row": written(best), "tile": asdict(best)}
+        found |= {"row": written(best), "backward": setting.backward}
+        size = f"{arch}, D {s.D}, chunk {s.chunk}"
         journal.add("tuned", size + _gradients(setting), found)
-
-
-def _tile(record: dict[str, Any]) -> Tile:
-    parts = {n: Schedule(**x) if isinstance(x, dict) else x for n, x in record.items()}
-    return Tile(**parts)
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -157,42 +168,55 @@ def written(tile: Tile) -> str:
     return f"Tile({', '.join(parts)})"
 
 
-def rewrite(source: str, arch: str, head_dim: int, chunk: int, row: str, says: str) -> str:
-    """The text of tiles.py with another tile for a size, and above it what was measured."""
-    tree = ast.parse(source)
+def rewrite(
+    source: str, arch: str, head_dim: int, chunk: int, backward: bool, row: str, says: str
+) -> str:
+    """The text of tiles.py with another tile for a size, and above it what was measured.
+
+    Without a backward pass a size that has no tile of its own yet is given one.
+    """
+    name = "_HALF" if backward else "_FORWARD"
     [table] = (
         node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HALF"
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        and ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target) == name
     )
     assert isinstance(table, ast.Dict)
-    rows = dict(
-        zip((ast.literal_eval(key) for key in table.keys if key), table.values, strict=True)
+    [rows] = (
+        value
+        for at, value in zip(table.keys, table.values, strict=True)
+        if at and ast.literal_eval(at) == arch
     )
-    for node in rows[arch].elts:  # type: ignore[attr-defined]
-        most, longest, _ = node.elts
-        limit = tiles.ANY if ast.unparse(longest) == "ANY" else ast.literal_eval(longest)
-        if head_dim <= ast.literal_eval(most) and chunk <= limit:
+    assert isinstance(rows, ast.Tuple)
+    lines, closing = source.splitlines(keepends=True), rows.end_lineno
+    assert closing
+    if not rows.elts:
+        lines[closing - 1] = lines[closing - 1].replace("()", "(\n    )")
+        lines = "".join(lines).splitlines(keepends=True)
+        closing += 1
+    # A size with no tile of its own comes last: those before it are for smaller ones.
+    most, longest, first, last = head_dim, str(chunk), closing - 1, closing - 1
+    for node in rows.elts:
+        assert isinstance(node, ast.Tuple) and node.end_lineno
+        limits = [ast.unparse(x) for x in node.elts[:2]]
+        if head_dim <= int(limits[0]) and (limits[1] == "ANY" or chunk <= int(limits[1])):
+            most, longest, first, last = int(limits[0]), limits[1], node.lineno - 1, node.end_lineno
+            first -= lines[first - 1].lstrip().startswith("#")
             break
-    lines = source.splitlines(keepends=True)
-    first, last = node.lineno - 1, node.end_lineno
-    if lines[first - 1].lstrip().startswith("#"):
-        first -= 1
-    text = f"({ast.unparse(most)}, {ast.unparse(longest)}, {row}),"
-    lines[first:last] = [f"        # {says}\n", f"        {text}\n"]
+    lines[first:last] = [f"        # {says}\n", f"        ({most}, {longest}, {row}),\n"]
     return "".join(lines)
 
 
 def write(journal: Journal, device: str, path: Path = Path(tiles.__file__)) -> list[str]:
-    """Put what was found into the table, with gradients after without; says what it wrote."""
+    """Put what was found into the tables; says what it wrote."""
     done = []
     for name, row in journal.stage("tuned").items():
         if row["ms"] is None:
             continue
-        gradients = " with gradients" if name.endswith("gradients") else ""
-        says = f"{row['ms']:.3f} ms{gradients}, {device}, {datetime.date.today().isoformat()}"
+        says = f"{row['ms']:.3f} ms, {device}, {datetime.date.today().isoformat()}"
         source = path.read_text(encoding="utf-8")
-        size = (row["arch"], row["head_dim"], row["chunk"])
+        size = (row["arch"], row["head_dim"], row["chunk"], row["backward"])
         path.write_text(rewrite(source, *size, row["row"], says), encoding="utf-8")
         done.append(f"{name}: {row['row']}, {says}")
     subprocess.run([sys.executable, "-m", "ruff", "format", "-q", path], check=False)
@@ -221,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for D, chunk, backward in product(options.head_dim, options.chunk, (False, True)):
         shape = Shape(options.length, chunk, options.batch, options.heads, D)
         setting = Setting(shape, options.dtype, options.device, backward=backward)
-        for name, tile in walk(setting, journal, BACKWARD if backward else FIELDS):
+        for name, tile in walk(setting, journal):
             journal.add("tune", name, measure(setting, tile))
             print(f"{name}  {journal.get('tune', name)}", flush=True)
             if not alive(options.device):

@@ -69,7 +69,9 @@ def test_the_operator_at_any_length(options, goes_on):
             state = _leaf(state)
         arguments = inputs | options | {"initial_state": state, "output_final_state": True}
         leaves = flat(inputs | ({"state": state} if goes_on else {}))
-        _assert_same(compiled, neural_memory, leaves, **arguments)
+        # Where no chunk ends, weights pass by the op, unless compiled: sums are in another order.
+        bound = 1e-13 if goes_on else 0.0
+        _assert_same(compiled, neural_memory, leaves, bound=bound, **arguments)
     assert counter.frame_count == 1
 
 

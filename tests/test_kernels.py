@@ -132,7 +132,7 @@ def test_offsets_beyond_int32():
 
     def answers(q, k, v, gates, start):
         cu = torch.tensor([start, start + 40])
-        tokens = launch.Tokens(k, v, *gates, cu, torch.zeros(1, dtype=torch.int64), cu[:1])
+        tokens = launch.Tokens(k, v, *gates, cu[None], torch.zeros(1, dtype=torch.int64), cu[:1])
         W = [torch.ones(1, 1, D, 32) / 8, torch.ones(1, 1, 32, D) / 8]
         S = [torch.zeros_like(w) for w in W]
         scratch, o = launch.allocate(tokens, W, problem), torch.empty_like(q)

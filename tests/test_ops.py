@@ -76,13 +76,26 @@ def _packed(case, requires_grad):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_memory(case, gradients):
     packed, how = _packed(case, gradients)
-    opcheck(ops._memory, (*packed, *how, gradients))
+    opcheck(ops._memory, (*packed, *how, True, gradients))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_state_that_nobody_asks_for_is_not_made(case):
+    packed, how = _packed(case, True)
+    opcheck(ops._memory, (*packed, *how, False, True))
+    leaves = packed.differentiable()
+    o, final, _ = ops._memory(*packed, *how, True, True)
+    alone, none, _ = ops._memory(*packed, *how, False, True)
+    assert none == [] and len(final) == 2 * len(packed.weights)
+    torch.testing.assert_close(alone, o)
+    want, got = (torch.autograd.grad(x.square().sum(), leaves) for x in (o, alone))
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_its_backward(case):
     packed, how = _packed(case, False)
-    o, final, kept = ops._memory(*packed, *how, True)
+    o, final, kept = ops._memory(*packed, *how, True, True)
     do, dfinal = torch.randn_like(o), [torch.randn_like(x) for x in final]
     opcheck(ops._memory_backward, (*packed, *how, kept, do, dfinal))
 
@@ -116,7 +129,7 @@ def _memory():
     packed, how = _packed(TINY, True)
 
     def op(*leaves):
-        o, final, _ = ops._memory(*packed.like(list(leaves)), *how, True)
+        o, final, _ = ops._memory(*packed.like(list(leaves)), *how, True, True)
         return (o, *final)
 
     return op, packed.differentiable()
@@ -152,7 +165,7 @@ def test_third_derivatives():
 
 def test_a_gradient_takes_what_forward_saves():
     packed, how = _packed(TINY, True)
-    o, _, kept = ops._memory(*packed, *how, False)
+    o, _, kept = ops._memory(*packed, *how, True, False)
     assert not kept
     with pytest.raises(RuntimeError, match=r"^titans_kernels::neural_memory: save is False"):
         o.sum().backward()
@@ -161,7 +174,7 @@ def test_a_gradient_takes_what_forward_saves():
 def test_a_backend_with_first_derivatives_only_says_so():
     with mock.patch.dict(ops._MODULES, {"triton": "chunked"}):
         packed, (_, *how) = _packed(TINY, True)
-        o, _, _ = ops._memory(*packed, "triton", *how, True)
+        o, _, _ = ops._memory(*packed, "triton", *how, True, True)
         (dq,) = torch.autograd.grad(o.sum(), packed.q, create_graph=True)
         with pytest.raises(RuntimeError, match=r"^backend: got 'triton', .* take backend='torch'"):
             dq.sum().backward()

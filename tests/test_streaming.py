@@ -2,6 +2,7 @@
 
 import copy
 import io
+import operator
 from itertools import pairwise
 
 import pytest
@@ -103,6 +104,42 @@ def test_a_chunk_over_several_blocks_may_be_cut(cut):
     got = measure(_in_pieces((cut,), 70), inputs)
     assert_values(got.values, want.values)
     assert_gradients(got.gradients, want.gradients)
+
+
+@pytest.mark.parametrize("lengths", [(3, 0, 15, 8), (0, 0, 0, 0), (7, 7, 7, 7)], ids=str)
+@pytest.mark.parametrize("per_layer_gates", [False, True], ids=["gates", "per layer"])
+def test_one_token_for_chunks_of_any_length(lengths, per_layer_gates):
+    """Of some a chunk ends, of some not; rows are those of a batch that took several tokens."""
+    options = {"per_layer_gates": per_layer_gates}
+    past = make_inputs(1, sum(lengths), 2, 4, 6, 2, lengths=lengths, **options)
+    next_ = make_inputs(4, 2, 2, 4, 6, 2, seed=1, **options)
+
+    def run(inputs, cuts):
+        _, state = neural_memory(**inputs["past"], output_final_state=True)
+        shared = {name: inputs["past"][name] for name in ("weights", "norm")}
+        return _streamed(inputs["next"] | shared, cuts, state)
+
+    inputs = {"past": past, "next": next_}
+    leaves = {f"{part} {name}": x for part in inputs for name, x in flat(inputs[part]).items()}
+    want, got = (_values(run(inputs, cuts)) for cuts in ((), (1,)))
+    assert_values(got, want)
+    assert_gradients(gradients(got, leaves), gradients(want, leaves))
+
+
+def test_the_weights_of_an_open_chunk_stay():
+    inputs = _without_gradients(make_inputs(2, 40, 2, 4, 6, 2))
+    _, state = _streamed(piece(inputs, 0, 16), ())
+    for token in range(16, 31):
+        one = piece(inputs, token, token + 1)
+        before, (_, state) = (
+            state,
+            neural_memory(**one, initial_state=state, output_final_state=True),
+        )
+        assert all(map(operator.is_, state.weights, before.weights))
+        assert all(map(operator.is_, state.momentum, before.momentum))
+    _, state = neural_memory(**piece(inputs, 31, 32), initial_state=state, output_final_state=True)
+    assert not any(map(torch.equal, state.weights, before.weights))
+    assert not state.k.any() and not state.length.any()
 
 
 def test_detach_truncates():

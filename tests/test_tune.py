@@ -1,7 +1,8 @@
 """The tuner checks before it times, measures nothing twice, and rewrites one row of the table."""
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -17,7 +18,7 @@ from titans_kernels.kernels import tiles
 from titans_kernels.kernels.tiles import Schedule, Tile
 
 TINY = Setting(Shape(T=20, H=1, D=16), "float32", "cpu")
-FEW = {"block": (16, 32), "queries": (16,)}
+FEW = (tune.one("block", 16, 32), tune.one("queries", 16))
 
 
 def _all(journal):
@@ -45,18 +46,19 @@ def test_measures_and_goes_on_where_it_stopped(tmp_path):
     assert again[0] == seen[2] and not set(again) & set(seen[:2])
 
 
-def test_gradients_start_from_what_was_found_without(tmp_path):
-    journal, found = Journal(tmp_path / "tune.jsonl"), Tile(16, 16)
-    journal.add("tuned", "cpu, D 16, chunk 16", {"tile": asdict(found)})
+def test_gradients_are_tuned_by_themselves(tmp_path):
+    journal = Journal(tmp_path / "tune.jsonl")
+    _all(journal)
     setting = replace(TINY, backward=True)
-    name, tile = next(tune.walk(setting, journal, {}))
-    assert tile == found and "gradients" in name
+    name, tile = next(tune.walk(setting, journal))
+    assert tile == Tile() and "gradients" in name
     assert tune.measure(setting, tile)["error"] < 1e-4
 
 
 def test_takes_the_fastest_of_what_is_right():
     times = {16: 3.0, 32: None, 64: 2.0, 128: 2.5}  # tokens to a block; None: wrong
-    steps = tune.descend(Tile(64, 64, 16), {"block": (16, 32, 128), "scan": (Schedule(8),)})
+    scan = tune.one("scan", Schedule(8))
+    steps = tune.descend(Tile(64, 64, 16), (tune.one("block", 16, 32, 128), scan))
     tile = next(steps)
     with pytest.raises(StopIteration) as end:
         while True:
@@ -92,28 +94,64 @@ SOURCE = Path(tiles.__file__).read_text()
 
 
 def _table(source):
-    """(head dimension, architecture, chunk) -> repr of the tile, in the rewritten module."""
+    """(head dimension, architecture, chunk, backward) -> repr of the tile, in rewritten source."""
     module = ModuleType("rewritten")
     with mock.patch.dict(sys.modules, rewritten=module):
         exec(compile(source, "rewritten", "exec"), vars(module))
-    return lambda D, arch, chunk: repr(module.tile(D, 4 * D, torch.bfloat16, arch, chunk))
+
+    def tile(D, arch, chunk, backward):
+        return repr(module.tile(D, 4 * D, torch.bfloat16, arch, chunk, backward))
+
+    return tile
+
+
+OTHER = Tile(32, 16, 16, scan=Schedule(8), retrieve=Schedule(4, 2), recall=Schedule(16, 4))
+SIZES = list(product((64, 128, 256), tiles.ARCHITECTURES, (16, 64), (False, True)))
+
+
+def _rewritten(source, *size):
+    D, arch, chunk, backward = size
+    row = tune.written(OTHER)
+    return tune.rewrite(source, arch, D, chunk, backward, row, "1.234 ms, a GPU")
 
 
 @pytest.mark.parametrize(
-    "arch, D, chunk", [("sm_90", 64, 16), ("sm_90", 128, 64), ("gfx942", 256, 16)]
+    "size",
+    [
+        ("sm_90", 64, 16, True),
+        ("sm_90", 128, 64, True),
+        ("gfx942", 256, 16, True),
+        ("sm_90", 64, 16, False),
+    ],
+    ids=str,
 )
-def test_one_row_is_rewritten(arch, D, chunk):
-    other = Tile(32, 16, 16, scan=Schedule(8), retrieve=Schedule(4, 2), recall=Schedule(16, 4))
-    row = tune.written(other)
-    text = tune.rewrite(SOURCE, arch, D, chunk, row, "1.234 ms, a GPU")
+def test_one_row_is_rewritten(size):
+    arch, D, chunk, backward = size
+    text = _rewritten(SOURCE, D, arch, chunk, backward)
     before, after = _table(SOURCE), _table(text)
-    assert after(D, arch, chunk) == repr(other)
+    assert after(D, arch, chunk, backward) == repr(OTHER)
     assert "        # 1.234 ms, a GPU\n" in text
     changed = set(text.splitlines()) - set(SOURCE.splitlines())
     assert len(changed) == 2 and len(text.splitlines()) == len(SOURCE.splitlines())
-    sizes = [(a, b, c) for a in (64, 128, 256) for b in tiles.ARCHITECTURES for c in (16, 64)]
-    differ = [x for x in sizes if before(*x) != after(*x)]
-    assert (D, arch, chunk) in differ and all(x[:2] == (D, arch) for x in differ)
+    differ = [x for x in SIZES if before(*x) != after(*x)]
+    assert (D, arch, chunk, backward) in differ and all(x[:2] == (D, arch) for x in differ)
+    assert backward or not any(x[3] for x in differ)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_a_size_gets_a_row_of_its_own_without_gradients(arch):
+    """Where training's tile served so far; nothing else has another after it."""
+    text = SOURCE
+    for D, chunk in ((128, 64), (256, 16)):
+        before = _table(text)
+        text = _rewritten(text, D, arch, chunk, False)
+        after = _table(text)
+        assert after(D, arch, chunk, False) == repr(OTHER)
+        differ = {x for x in SIZES if before(*x) != after(*x)}
+        assert all(x[0] <= D and x[1] == arch and x[2] <= chunk and not x[3] for x in differ)
+        if arch == "sm_90":
+            assert differ == {(D, arch, chunk, False)}
+    assert text.count("# 1.234 ms, a GPU") == 2
 
 
 def test_a_tile_is_written_as_the_table_has_it():

@@ -119,8 +119,8 @@ def blocks_of(kind):
 def plain_autograd():
     """Patch the op: the same algebra on the same layout, its backward left to PyTorch."""
 
-    def run(packed, backend, options, chunk_size, longest):
-        return operator.forward(packed, options, chunk_size, longest, [])
+    def run(packed, backend, options, chunk_size, longest, final):
+        return operator.forward(packed, options, chunk_size, longest, [], final)
 
     return mock.patch.object(ops, "neural_memory", run)
 

@@ -48,14 +48,20 @@ def _running_products_backward(products: Tensor, d_products: Tensor) -> Tensor:
     return (products[..., :-1, :] * after[..., 1:, :]).sum(-1)
 
 
-def _moved(M: Tensor, valid: Tensor | None) -> Tensor:
-    """The rows of M at which the weights move: those of tokens, and of valid ones."""
-    moves = (
-        M.new_ones(M.shape[-2]) if valid is None else torch.nn.functional.pad(valid.to(M), (1, 0))
-    )
-    if valid is None:
-        moves[0] = 0
-    return M * moves.unsqueeze(-1)
+def _moving(M: Tensor, valid: Tensor | None) -> Tensor:
+    """The rows of M at which the weights move, those of (valid) tokens: [..., n, n + 1]."""
+    return M[..., 1:, :] if valid is None else M[..., 1:, :] * valid.to(M).unsqueeze(-1)
+
+
+def _skipping(
+    theta: Tensor, alpha: Tensor, eta: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """E, A and the diagonal (1, theta), [..., 1, n + 1]. Invalid tokens change nothing."""
+    factors = torch.stack([eta, 1.0 - alpha])
+    if valid is not None:
+        theta, factors = theta.masked_fill(~valid, 0.0), factors.masked_fill(~valid, 1.0)
+    E, A = _running_products(factors)
+    return E, A, torch.nn.functional.pad(theta, (1, 0), value=1.0).unsqueeze(-2)
 
 
 def coefficients(
@@ -69,29 +75,19 @@ def coefficients(
         eta (Tensor): [..., n], momentum, in [0, 1].
         valid (Tensor | None): [..., n] bool, broadcastable; tokens to take. None takes all.
     """
-    if valid is not None:
-        theta = theta.masked_fill(~valid, 0.0)
-        alpha = alpha.masked_fill(~valid, 0.0)
-        eta = eta.masked_fill(~valid, 1.0)
-    M = _running_products(eta) * torch.nn.functional.pad(theta, (1, 0), value=1.0).unsqueeze(-2)
-    A = _running_products(1.0 - alpha)
-    return Coefficients(A[..., 0], A @ _moved(M, valid), M)
+    E, A, rates = _skipping(theta, alpha, eta, valid)
+    M = E * rates
+    return Coefficients(A[..., 0], A[..., 1:] @ _moving(M, valid), M)
 
 
 def coefficients_backward(
     theta: Tensor, alpha: Tensor, eta: Tensor, valid: Tensor | None, grad: Coefficients
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `coefficients`: those of (a, Q, M) to those of (theta, alpha, eta)."""
-    if valid is not None:
-        theta = theta.masked_fill(~valid, 0.0)
-        alpha = alpha.masked_fill(~valid, 0.0)
-        eta = eta.masked_fill(~valid, 1.0)
-    E, A = _running_products(eta), _running_products(1.0 - alpha)
-    rates = torch.nn.functional.pad(theta, (1, 0), value=1.0).unsqueeze(-2)  # [..., 1, n + 1]
-
-    dA = grad.Q @ _moved(E * rates, valid).mT
-    dA[..., 0] += grad.a
-    dM = grad.M + _moved(A.mT @ grad.Q, valid)
+    E, A, rates = _skipping(theta, alpha, eta, valid)
+    dA = torch.cat([grad.a.unsqueeze(-1), grad.Q @ _moving(E * rates, valid).mT], -1)
+    dM = grad.M.clone()
+    dM[..., 1:, :] += _moving(A.mT @ grad.Q, valid)
 
     dtheta = (dM * E).sum(-2)[..., 1:]
     deta = _running_products_backward(E, (dM * rates).tril())

@@ -10,11 +10,13 @@ from .packing import (
     Options,
     Reading,
     accumulator,
-    bounds,
+    ends_chunk,
+    one_each,
     pack,
     pack_norm,
     pack_open_chunks,
     rows,
+    segments,
     unpack,
 )
 from .state import MemoryState
@@ -131,9 +133,14 @@ def neural_memory(
     )
     chosen = choose(backend, packed.k, packed.weights)
     options = Options(activation, residual)
-    o, final = ops.neural_memory(packed, chosen, options, chunk_size, longest)
-    state = unpack(packed, final, chunk_size, theta.shape[2:]) if output_final_state else None
-    return o.view(q.shape), state
+    moves = initial_state is None or ends_chunk(initial_state, q.shape[1], cu_seqlens)
+    asked = output_final_state and moves
+    o, final = ops.neural_memory(packed, chosen, options, chunk_size, longest, asked)
+    o = o.view(q.shape)
+    if not output_final_state:
+        return o, None
+    in_chunks = initial_state is not None and one_each(q, cu_seqlens)
+    return o, unpack(packed, final, chunk_size, theta.shape[2:], in_chunks)
 
 
 def retrieve(
@@ -188,7 +195,7 @@ def retrieve(
     else:
         weights = [w.to(accumulator(q)).unsqueeze(0) for w in weights_or_state]
         q, cu_seqlens = q.reshape(1, -1, *q.shape[2:]), None  # all tokens read the same weights
-    cu, longest = bounds(q, cu_seqlens)
+    cu, longest = segments(q, cu_seqlens)
     reading = Reading(rows(q), weights, pack_norm(norm, accumulator(q)), cu)
     chosen = choose(backend, reading.q, weights)
     return ops.retrieve(reading, chosen, options, longest).view(shape)
@@ -200,5 +207,5 @@ def _after_tail(
     """The weights after a state's last token, those of the open chunk learned too."""
     packed, C = pack_open_chunks(state, norm), state.chunk_size
     chosen = choose(backend, packed.k, packed.weights)
-    _, final = ops.neural_memory(packed, chosen, options, C, C)
+    _, final = ops.neural_memory(packed, chosen, options, C, C, True)
     return final[: len(packed.weights)]

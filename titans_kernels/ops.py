@@ -21,7 +21,7 @@ from .packing import Options, Packed, Reading
 
 _PACKED = (
     "Tensor q, Tensor k, Tensor v, Tensor theta, Tensor alpha, Tensor eta, Tensor[] weights, "
-    "Tensor[] momentum, Tensor? norm, Tensor cu, Tensor tail, Tensor ask"
+    "Tensor[] momentum, Tensor? norm, Tensor bounds, Tensor tail, Tensor ask"
 )
 _READING = "Tensor q, Tensor[] weights, Tensor? norm, Tensor cu"
 _OPTIONS = "str backend, str activation, bool residual"
@@ -59,13 +59,13 @@ def _saves(tensors: Sequence[Tensor]) -> bool:
 
 
 def neural_memory(
-    packed: Packed, backend: str, options: Options, chunk_size: int, longest: int
+    packed: Packed, backend: str, options: Options, chunk_size: int, longest: int, final: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Answers [Mq, H, D]; and weights, then momenta, [N, H, d_in, d_out] after the last chunk."""
+    """Answers [Mq, H, D]; if asked, weights and momenta, [N, H, d_in, d_out], at the last chunk."""
     chunk_size = min(chunk_size, 2**31 - 1)  # kernels count a chunk's tokens in int32
     save = _saves(packed.differentiable())
-    o, final, _ = _memory(*packed, backend, *options, chunk_size, longest, save)
-    return o, final
+    o, state, _ = _memory(*packed, backend, *options, chunk_size, longest, final, save)
+    return o, state
 
 
 def _kept(packed: Packed, backend: str, chunk_size: int, save: bool) -> list[Tensor]:
@@ -76,22 +76,22 @@ def _kept(packed: Packed, backend: str, chunk_size: int, save: bool) -> list[Ten
 @torch.library.custom_op(
     "titans_kernels::neural_memory",
     mutates_args=(),
-    schema=f"({_PACKED}, {_OPTIONS}, SymInt chunk_size, SymInt longest, bool save)"
+    schema=f"({_PACKED}, {_OPTIONS}, SymInt chunk_size, SymInt longest, bool final, bool save)"
     " -> (Tensor o, Tensor[] final, Tensor[] kept)",
 )
 @_closed
 def _memory(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    packed, (backend, *options, chunk_size, longest, save) = Packed(*args[:_P]), args[_P:]
+    packed, (backend, *options, chunk_size, longest, final, save) = Packed(*args[:_P]), args[_P:]
     kept = _kept(packed, backend, chunk_size, save)
     run = _module(backend).forward
-    return *run(packed, Options(*options), chunk_size, longest, kept), kept
+    return *run(packed, Options(*options), chunk_size, longest, kept, final), kept
 
 
 @_memory.register_fake
 def _(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    packed, (backend, *_, chunk_size, _, save) = Packed(*args[:_P]), args[_P:]
-    final = [*packed.weights, *packed.momentum]
-    return _dense(packed.q), list(map(_dense, final)), _kept(packed, backend, chunk_size, save)
+    packed, (backend, *_, chunk_size, _, final, save) = Packed(*args[:_P]), args[_P:]
+    state = [*packed.weights, *packed.momentum] if final else []
+    return _dense(packed.q), list(map(_dense, state)), _kept(packed, backend, chunk_size, save)
 
 
 @torch.library.custom_op(
@@ -113,7 +113,7 @@ def _(*args: Any) -> list[Tensor]:
 
 
 def _memory_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    (*_, kept), (*ctx.how, ctx.saved) = output, inputs[_P:]
+    (*_, kept), (*ctx.how, ctx.final, ctx.saved) = output, inputs[_P:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*kept)
     _save(ctx, (Packed(*inputs[:_P]), kept))
@@ -123,10 +123,11 @@ def _memory_vjp(ctx: Any, do: Maybe, dfinal: list[Maybe], _: Any) -> tuple[Any, 
     if not ctx.saved:
         raise RuntimeError("titans_kernels::neural_memory: save is False, gradients take True")
     packed, kept = _saved(ctx)
-    like = (packed.q, *packed.weights, *packed.momentum)
-    d_o, *d_final = map(_or_zeros, (do, *dfinal), like)
+    state = [*packed.weights, *packed.momentum]
+    d_state = dfinal if ctx.final else [None] * len(state)
+    d_o, *d_final = map(_or_zeros, (do, *d_state), (packed.q, *state))
     grads = _memory_backward(*packed, *ctx.how, kept, d_o, d_final)
-    return *_gradients(packed, grads), *[None] * (len(ctx.how) + 1)
+    return *_gradients(packed, grads), *[None] * (len(ctx.how) + 2)
 
 
 def _memory_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -141,7 +142,7 @@ def _memory_second(ctx: Any, ddgrads: list[Maybe]) -> tuple[Any, ...]:
 
     def forward(*tensors: Tensor) -> list[Tensor]:
         again = packed.like(list(tensors))
-        o, final = _module(backend).forward(again, Options(*options), chunk_size, longest, [])
+        o, final = _module(backend).forward(again, Options(*options), chunk_size, longest, [], True)
         return [o, *final]
 
     grads, (ddo, *ddfinal) = _second_vjp(
@@ -247,7 +248,7 @@ def _or_zeros(dx: Maybe, x: Tensor) -> Tensor:
 
 def _gradients(arguments: Any, grads: list[Maybe]) -> list[Any]:
     """In the places of the arguments; what cannot be differentiated has none."""
-    names = ("cu", "tail", "ask")
+    names = ("cu", "bounds", "tail", "ask")
     none = {name: None for name in names if name in arguments._fields}
     return list(arguments.like(grads)._replace(**none))
 

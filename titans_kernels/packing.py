@@ -1,4 +1,4 @@
-"""What every backend takes: all sequences end to end, each behind the tail of its open chunk.
+"""What every backend takes: all sequences in one row, each behind the tail of its open chunk.
 
 Plain PyTorch, so that gradients find their way back, and nothing here waits for a GPU: lengths are
 looked at only where they are on the host already, sizes are bounds that hold whatever they are.
@@ -6,7 +6,8 @@ looked at only where they are on the host already, sizes are bounds that hold wh
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterable
+from itertools import pairwise, repeat
 from typing import NamedTuple
 
 import torch
@@ -25,8 +26,11 @@ class Options(NamedTuple):
     residual: bool
 
 
+Tokens = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # k, v, theta, alpha, eta
+
+
 class Packed(NamedTuple):
-    """N sequences, sequence n at `cu[n]` to `cu[n + 1]`. M may be larger than what `cu` ends with.
+    """N sequences in order, sequence n at `bounds[n]`. Rows between them are nobody's.
 
     Its first `tail[n]` tokens are learned but not asked; the query of the next one is `ask[n]`.
     """
@@ -40,14 +44,14 @@ class Packed(NamedTuple):
     weights: list[Tensor]  # per layer [N, H, d_in, d_out], of the dtype that sums have
     momentum: list[Tensor]
     norm: Tensor | None  # [H, 2, D], weight and bias, of that dtype
-    cu: Tensor  # [N + 1] int64
+    bounds: Tensor  # [N, 2] int64, first token and end
     tail: Tensor  # [N] int64
     ask: Tensor  # [N] int64
 
     def differentiable(self) -> list[Tensor]:
         """All that may have gradients, in order."""
         norm = [] if self.norm is None else [self.norm]
-        return [*self[:6], *self.weights, *self.momentum, *norm]
+        return [self.q, *self.tokens(), *self.weights, *self.momentum, *norm]
 
     def like(self, tensors: list[Tensor]) -> Packed:
         """The same with others in the place of what is differentiable."""
@@ -55,7 +59,15 @@ class Packed(NamedTuple):
         weights, momentum = _halves(tensors[6 : 6 + 2 * len(self.weights)])
         norm = None if self.norm is None else tensors[-1]
         learned = weights, momentum, norm
-        return Packed(q, k, v, theta, alpha, eta, *learned, self.cu, self.tail, self.ask)
+        return Packed(q, k, v, theta, alpha, eta, *learned, self.bounds, self.tail, self.ask)
+
+    def tokens(self) -> Tokens:
+        """What is learned."""
+        return self.k, self.v, self.theta, self.alpha, self.eta
+
+    def lengths(self) -> Tensor:
+        """[N] int64, tokens of every sequence, its tail with them."""
+        return self.bounds[:, 1] - self.bounds[:, 0]
 
 
 class Reading(NamedTuple):
@@ -95,15 +107,42 @@ def pack_norm(norm: Norm | None, dtype: torch.dtype) -> Tensor | None:
     return None if norm is None else torch.stack([x.to(dtype) for x in norm], 1)
 
 
-def bounds(q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
+def segments(q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
     """First token of every sequence and the end of the last, [N + 1]; the most that one has."""
     B, T = q.shape[:2]
     if cu_seqlens is None:
         return torch.arange(B + 1, device=q.device) * T, T
     longest = T
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _known(cu_seqlens):
         longest = max((b - a for a, b in pairwise(cu_seqlens.tolist())), default=0)
     return cu_seqlens.to(q.device, torch.int64), longest
+
+
+def _known(lengths: Tensor) -> bool:
+    """Whether the values may be looked at: they are on the host, and no compiler is reading."""
+    return lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def ends_chunk(state: MemoryState, T: int, cu_seqlens: Tensor | None) -> bool:
+    """Whether any sequence may complete a chunk by its next tokens, T of each without cu_seqlens.
+
+    If none does, weights and momenta stay what they are. False only where that is known.
+    """
+    if not _known(state.length):
+        return True
+    added: Iterable[int] = repeat(T)
+    if cu_seqlens is not None:
+        if not _known(cu_seqlens):
+            return True
+        added = (b - a for a, b in pairwise(cu_seqlens.tolist()))
+    return any(
+        n + more >= state.chunk_size for n, more in zip(state.length.tolist(), added, strict=False)
+    )
+
+
+def one_each(q: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether every sequence is given one token, for which its open chunk has room."""
+    return q.shape[1] == 1 and cu_seqlens is None
 
 
 def pack(
@@ -117,31 +156,28 @@ def pack(
     cu_seqlens: Tensor | None,
 ) -> tuple[Packed, int]:
     """The operator's arguments packed, and the most tokens that a sequence has."""
-    dtype = accumulator(q)
-    starts, longest = bounds(q, cu_seqlens)
-    lengths, tokens = starts.diff(), [rows(x) for x in (k, v, *gates)]
+    dtype, tokens = accumulator(q), (k, v, *gates)
+    starts, longest = segments(q, cu_seqlens)
     if state is None:
-        N, zero = lengths.shape[0], torch.zeros((), dtype=dtype, device=q.device)
+        where = torch.stack([starts[:-1], starts[1:]], 1)
+        N, zero = where.shape[0], torch.zeros((), dtype=dtype, device=q.device)
         first = [w.to(dtype).expand(N, *w.shape) for w in weights]
         momentum = [zero.expand_as(w) for w in first]
-        cu, tail = starts, torch.zeros_like(lengths)
+        tail = torch.zeros_like(starts[1:])
+        packed = [rows(x) for x in tokens]
     else:
         state = _ordinary(state)
         first = [
             _in_place_of(w, old.to(dtype)) for w, old in zip(weights, state.weights, strict=True)
         ]
         momentum = [s.to(dtype) for s in state.momentum]
-        cu, source = _behind_tails(starts, state, tokens[0].shape[0])
         tail = state.length.to(torch.int64)
-        tails = (state.k, state.v, state.theta, state.alpha, state.eta)
-        tokens = [
-            torch.cat([rows(old).to(new.dtype), new]).index_select(0, source)
-            for old, new in zip(tails, tokens, strict=True)
-        ]
+        join = _write_behind if one_each(q, cu_seqlens) else _copy_behind
+        packed, where = join(state, tokens, tail, starts)
         longest = longest + state.chunk_size - 1
-    k, v, theta, alpha, eta = tokens
+    k, v, theta, alpha, eta = packed
     learned = first, momentum, pack_norm(norm, dtype)
-    return Packed(rows(q), k, v, theta, alpha, eta, *learned, cu, tail, starts[:-1]), longest
+    return Packed(rows(q), k, v, theta, alpha, eta, *learned, where, tail, starts[:-1]), longest
 
 
 def _in_place_of(weights: Tensor, state: Tensor) -> Tensor:
@@ -158,16 +194,44 @@ def _ordinary(state: MemoryState) -> MemoryState:
     return state.map(lambda x: x.clone() if x.is_inference() else x)
 
 
-def _behind_tails(starts: Tensor, state: MemoryState, count: int) -> tuple[Tensor, Tensor]:
-    """Where sequences start with their tails, and the row of (tails, tokens) of every place."""
+def _tails(state: MemoryState) -> Tokens:
+    return state.k, state.v, state.theta, state.alpha, state.eta
+
+
+def _write_behind(
+    state: MemoryState, tokens: Tokens, tail: Tensor, starts: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """One token of each sequence, in a copy of its open chunk; and the bounds.
+
+    Rows [N chunk_size, H, width], sequence n from n chunk_size on.
+    """
+    C = state.chunk_size
+    here = torch.arange(C, device=tail.device) == tail[:, None]  # [N, C]
+    packed = []
+    for old, new in zip(_tails(state), tokens, strict=True):
+        there = here.view(*here.shape, *[1] * (new.dim() - 2))
+        packed.append(rows(torch.where(there, new, old.to(new.dtype))))
+    first = starts[:-1] * C
+    return packed, torch.stack([first, first + tail + 1], 1)
+
+
+def _copy_behind(
+    state: MemoryState, tokens: Tokens, tail: Tensor, starts: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Any number of tokens, gathered end to end with the tails; and the bounds."""
     N, C = state.k.shape[:2]
-    tail = state.length.to(torch.int64)
+    added = [rows(x) for x in tokens]
     cu = torch.nn.functional.pad((starts.diff() + tail).cumsum(0), (1, 0))
-    place = torch.arange(N * (C - 1) + count, device=cu.device)  # as many as there may be
+    place = torch.arange(N * (C - 1) + added[0].shape[0], device=cu.device)  # as many as may be
     n = torch.searchsorted(cu[1:], place, right=True).clamp(max=N - 1)
     at = place - cu[n]
     source = torch.where(at < tail[n], n * C + at, N * C + starts[n] + at - tail[n])
-    return cu, source.where(place < cu[-1], 0)
+    source = source.where(place < cu[-1], 0)
+    packed = [
+        torch.cat([rows(old).to(new.dtype), new]).index_select(0, source)
+        for old, new in zip(_tails(state), added, strict=True)
+    ]
+    return packed, torch.stack([cu[:-1], cu[1:]], 1)
 
 
 def pack_open_chunks(state: MemoryState, norm: Norm | None) -> Packed:
@@ -179,38 +243,44 @@ def pack_open_chunks(state: MemoryState, norm: Norm | None) -> Packed:
     N, C = state.k.shape[:2]
     there = torch.arange(C, device=state.k.device) < state.length[:, None]  # [N, C]
     k, v, theta, alpha, eta = (
-        rows(x.masked_fill(~there.view(N, C, *[1] * (x.dim() - 2)), 0.0))
-        for x in (state.k, state.v, state.theta, state.alpha, state.eta)
+        rows(x.masked_fill(~there.view(N, C, *[1] * (x.dim() - 2)), 0.0)) for x in _tails(state)
     )
-    dtype, number = accumulator(state.k), torch.arange(N + 1, device=state.k.device)
+    dtype, first = accumulator(state.k), torch.arange(N, device=state.k.device) * C
     weights, momentum = ([x.to(dtype) for x in part] for part in (state.weights, state.momentum))
     return Packed(
         *(k[:0], k, v, theta, alpha, eta),
         *(weights, momentum, pack_norm(norm, dtype)),
-        number * C,
-        torch.full_like(number[1:], C),
-        torch.zeros_like(number[1:]),
+        torch.stack([first, first + C], 1),
+        torch.full_like(first, C),
+        torch.zeros_like(first),
     )
 
 
 def unpack(
-    packed: Packed, final: list[Tensor], chunk_size: int, gate_shape: torch.Size
+    packed: Packed, final: list[Tensor], chunk_size: int, gate_shape: torch.Size, in_chunks: bool
 ) -> MemoryState:
-    """The state after a walk that ended with these weights and momenta."""
+    """The state after a walk that ended with these weights and momenta.
+
+    Args:
+        final (list[Tensor]): none, where no sequence has ended a chunk: they are what they were.
+        in_chunks (bool): whether rows are open chunks with one more token, see `_write_behind`.
+    """
     N, M = packed.tail.shape[0], packed.k.shape[0]
-    length = packed.cu.diff() % chunk_size
+    length = packed.lengths() % chunk_size
+    tokens = list(packed.tokens())
     offset = torch.arange(chunk_size, device=length.device)
-    place = (packed.cu[1:, None] - length[:, None] + offset).clamp(max=M - 1)
-    there = (offset < length[:, None])[:, :, None, None]
-
-    def tail(x: Tensor) -> Tensor:
-        """[M, H, width] to [N, chunk_size, H, width], tokens of the open chunk, then zeros."""
-        if M == 0:
-            return x.new_zeros(N, chunk_size, *x.shape[1:])
-        x = x.index_select(0, place.flatten()).view(N, chunk_size, *x.shape[1:])
-        return x.masked_fill(~there, 0.0)
-
-    k, v, *gates = map(tail, packed[1:6])
+    if not in_chunks and M == 0:
+        tokens = [x.new_zeros(N * chunk_size, *x.shape[1:]) for x in tokens]
+    elif not in_chunks:
+        place = packed.bounds[:, 1:] - length[:, None] + offset
+        place = place.clamp(max=M - 1).flatten()
+        tokens = [x.index_select(0, place) for x in tokens]
+    tokens = [x.view(N, chunk_size, *x.shape[1:]) for x in tokens]
+    if not in_chunks or final or torch.is_grad_enabled():  # what is nobody's has no gradient either
+        nobody = (offset >= length[:, None])[:, :, None, None]
+        tokens = [x.masked_fill(nobody, 0.0) for x in tokens]
+    k, v, *gates = tokens
     theta, alpha, eta = (x.view(N, chunk_size, *gate_shape) for x in gates)
-    weights, momentum = map(tuple, _halves(final))
+    state = final or [*packed.weights, *packed.momentum]
+    weights, momentum = map(tuple, _halves(state))
     return MemoryState(weights, momentum, k, v, theta, alpha, eta, length.to(torch.int32))

@@ -111,10 +111,8 @@ def tiles(kit: Kit) -> Steps:
         settings = [Setting(Shape(20, 16, 1, 1, 16), kit.dtype, kit.device)]
     for setting, backward in product(settings, (False,) if kit.rehearse else (False, True)):
         setting = replace(setting, backward=backward)
-        fields = tune.BACKWARD if backward else tune.FIELDS
-        if kit.rehearse:
-            fields = {"block": (16,)}
-        for name, tile in tune.walk(setting, kit.journal, fields):
+        steps = (tune.one("block", 16),) if kit.rehearse else None
+        for name, tile in tune.walk(setting, kit.journal, steps):
             yield Step(name, partial(tune.measure, setting, tile), 5 if kit.rehearse else 25)
 
 

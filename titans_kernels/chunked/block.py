@@ -7,13 +7,26 @@ with R every sequence and head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import network as net
-from .links import History, Link, LinkGrad, Pulled, Pushed, Rows, form_backward, pull, push, scaled
+from .links import (
+    Apart,
+    History,
+    Link,
+    LinkGrad,
+    Pulled,
+    Pushed,
+    Rows,
+    form_backward,
+    pull,
+    push,
+    scaled,
+)
 from .network import Network, NormGrad
 
 
@@ -71,7 +84,7 @@ def _past(chunks: list[Chunk], layer: int) -> tuple[Tensor, Tensor]:
 def errors(
     k: Tensor,
     v: Tensor,
-    state: list[Tensor],
+    state: Sequence[Tensor | Apart],
     coefficients: list[BlockCoefficients],
     count: int,
     network: Network,
@@ -81,7 +94,7 @@ def errors(
 
     Args:
         k, v (Tensor): [R, N, D], `count` chunks of them.
-        state (list): [R, 2, d_in, d_out], where the block's first chunk is anchored.
+        state (Sequence): [R, 2, d_in, d_out], where the block's first chunk is anchored.
         order (int): derivatives of the activation to keep: 1, or 2 for `errors_backward`.
     """
     size, depth = k.shape[1] // count, len(state)
@@ -165,21 +178,22 @@ def errors_backward(
 
 
 def read_links(
-    state: list[Tensor],
+    state: Sequence[Tensor | Apart],
     X: list[Tensor],
     D: list[Tensor],
     coefficients: list[BlockCoefficients],
+    asked: int,
 ) -> list[Link]:
-    """The weights of every layer right after each of the block's tokens."""
+    """The weights of every layer right after each of the block's tokens from `asked` on."""
     N = X[0].shape[1]
     return [
-        Link(layer, History(by.rows(1, N + 1, N), x, d))
+        Link(layer, History(by.rows(asked + 1, N + 1, N), x, d))
         for layer, by, x, d in zip(state, coefficients, X, D, strict=True)
     ]
 
 
 def read(q: Tensor, links: list[Link], network: Network) -> Tensor:
-    """Answers [R, N, D] to queries."""
+    """Answers [R, n, D] to queries."""
     h = q
     for layer, link in enumerate(links):
         y = pull(h, link).out

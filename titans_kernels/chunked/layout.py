@@ -29,6 +29,13 @@ class BlockSize(NamedTuple):
         """
         return 16 if self.tokens <= 32 else 8
 
+    def fitting(self, longest: int, chunk_size: int) -> BlockSize:
+        """One that is no larger than the longest sequence: a single token is no block of 64."""
+        if not 0 < longest < self.tokens:
+            return self
+        chunks = ceil(longest / chunk_size)
+        return BlockSize(longest if chunks == 1 else chunks * chunk_size, chunks, self.blocks)
+
 
 def block_size(chunk_size: int, device: torch.device) -> BlockSize:
     """The block for a chunk size: at most 64 tokens, and at least about 16 on a CPU, 64 on a GPU.
@@ -70,7 +77,9 @@ class Span(NamedTuple):
     sequences: int  # n; sequences are sorted, so these are the first n
     checkpoint: int  # first row of its states
     tokens: Places
-    queries: Places
+    queries: Places  # [g, n, N - asked]
+    asked: int  # their first column: ahead of it are tails only
+    moves: bool  # whether the last block hands on another state than it started with
     end: Tensor | None  # [g, n] int64: a block hands on the state after so many tokens; None: N
     whole: list[Tensor | None]  # per block that ends chunks, [n] bool: it ended one; None: for all
 
@@ -93,18 +102,27 @@ class Layout:
     device: torch.device
 
     @classmethod
-    def of(cls, cu: Tensor, tail: Tensor, ask: Tensor, chunk_size: int, block: BlockSize) -> Layout:
+    def of(
+        cls, bounds: Tensor, tail: Tensor, ask: Tensor, chunk_size: int, block: BlockSize
+    ) -> Layout:
         """On a GPU this waits for it, once."""
-        found = [Sequence(*x) for x in torch.stack([cu[:-1], cu.diff(), tail, ask], 1).tolist()]
+        table = torch.stack([*bounds.unbind(1), tail, ask], 1).tolist()
+        found = [Sequence(first, end - first, *rest) for first, end, *rest in table]
         order = sorted(range(len(found)), key=lambda i: -found[i].length)
         same = order == list(range(len(order)))
         return cls(
             [found[i] for i in order],
-            None if same else torch.tensor(order, device=cu.device),
+            None if same else torch.tensor(order, device=bounds.device),
             chunk_size,
-            block,
-            cu.device,
+            block.fitting(max((x.length for x in found), default=0), chunk_size),
+            bounds.device,
         )
+
+    @property
+    def still(self) -> bool:
+        """Whether there is one block at most, and no chunk ends in it: the state stays."""
+        longest = max((x.length for x in self.sequences), default=0)
+        return longest < self.chunk_size and longest <= self.block.tokens
 
     def sort(self, x: Tensor) -> Tensor:
         """Rows of sequences as given to this order."""
@@ -133,40 +151,51 @@ class Layout:
 
     def _span(self, start: int, stop: int, n: int, checkpoint: int) -> Span:
         N, _, per_chunk = self.block
-        C = self.chunk_size
-        table = torch.tensor(self.sequences[:n], device=self.device)
+        C, here = self.chunk_size, self.sequences[:n]
+        table = torch.tensor(here, device=self.device)
         first, total, tails, asks = table[..., None].unbind(1)  # [n, 1]
 
-        block = torch.arange(start, stop, device=self.device)[:, None, None]  # [g, 1, 1]
-        offset = torch.arange(N, device=self.device)
-        if per_chunk == 1:
-            position = block * N + offset
-            inside = position < total
-        else:
-            in_chunk = block % per_chunk * N + offset
-            position = block // per_chunk * C + in_chunk
-            inside = (position < total) & (in_chunk < C)
+        # [g, 1, N]
+        position = torch.arange(start * N, stop * N, device=self.device).view(stop - start, 1, N)
+        in_chunk = None
+        if per_chunk > 1:
+            in_chunk = position % (per_chunk * N)
+            position = position // (per_chunk * N) * C + in_chunk
 
-        shortest = self.sequences[n - 1].length
+        longest, shortest = here[0].length, here[-1].length
         end, whole = None, []
         if per_chunk == 1:
             full = shortest >= stop * N
-            if shortest // C * C < stop * N:
-                end = (total // C * C - block * N).clamp(0, N)[..., 0]
+            moves = longest // C * C > (stop - 1) * N
+            if shortest // C * C < stop * N and (moves or stop - start > 1):
+                end = (total // C * C - position[..., :1]).clamp(0, N)[..., 0]
         else:
             full = per_chunk * N == C and shortest >= ceil(stop / per_chunk) * C
+            # The last block of a chunk that stays open: nobody reads the state behind it.
+            moves = longest // C * per_chunk >= stop or self.blocks(here[0]) > stop
             for i in range(start, stop):
                 chunks = i // per_chunk + 1
                 ended = None if shortest >= chunks * C else total[:, 0] >= chunks * C
                 whole.append(ended)
 
-        def places(row: Tensor, there: Tensor, all_there: bool) -> Places:
-            return Places(row, None) if all_there else Places(row.where(there, 0), there)
+        inside = None
+        if not full:
+            inside = position < total
+            inside = inside if in_chunk is None else inside & (in_chunk < C)
 
-        tokens = places(first + position, inside, full)
-        queries = tokens
-        if any(x.tail or x.ask != x.start for x in self.sequences[:n]):
-            asked = inside & (position >= tails)
-            no_tail = not any(x.tail for x in self.sequences[:n])
-            queries = places(asks - tails + position, asked, full and no_tail)
-        return Span(start, stop, n, checkpoint, tokens, queries, end, whole)
+        def places(row: Tensor, there: Tensor | None) -> Places:
+            return Places(row if there is None else row.where(there, 0), there)
+
+        tokens = places(first + position, inside)
+        queries, asked = tokens, 0
+        if any(x.tail or x.ask != x.start for x in here):
+            least, most = min(x.tail for x in here), max(x.tail for x in here)
+            if stop - start == 1:
+                asked = min(max(least - start * N, 0), N)
+            position = position[..., asked:]
+            there = None if inside is None else inside[..., asked:]
+            if most > start * N + asked:
+                behind = position >= tails
+                there = behind if there is None else there & behind
+            queries = places(asks - tails + position, there)
+        return Span(start, stop, n, checkpoint, tokens, queries, asked, moves, end, whole)

@@ -34,10 +34,17 @@ class History(NamedTuple):
     D: Tensor  # [R, n, d_out]
 
 
+class Apart(NamedTuple):
+    """A state as it came, for one block that only reads it: side by side would be a copy."""
+
+    weights: Tensor  # [R, d_in, d_out]
+    momentum: Tensor
+
+
 class Link(NamedTuple):
     """One layer's weights at a run of tokens. No history: those that the block started with."""
 
-    state: Tensor  # [R, 2, d_in, d_out]
+    state: Tensor | Apart  # [R, 2, d_in, d_out]
     past: History | None = None
 
 
@@ -64,21 +71,30 @@ def scaled(x: Tensor, by: Tensor) -> Tensor:
     return (by.unsqueeze(-1) * x.unsqueeze(-2)).flatten(2)
 
 
+def _weights(state: Tensor | Apart) -> Tensor:
+    return state.weights if isinstance(state, Apart) else state[:, 0]
+
+
 def pull(h: Tensor, link: Link) -> Pulled:
     """h [R, C, d_in] times the weights."""
     if link.past is None:
-        return Pulled(torch.bmm(h, link.state[:, 0]), None)
+        return Pulled(torch.bmm(h, _weights(link.state)), None)
     (ac, G), X, D = link.past
     hX = torch.bmm(h, X.mT)
-    out = torch.bmm(scaled(h, ac), link.state.flatten(1, 2))
+    if isinstance(link.state, Apart):
+        a, c = ac.split(1, -1)
+        out = torch.bmm(a * h, link.state.weights).baddbmm_(c * h, link.state.momentum)
+    else:
+        out = torch.bmm(scaled(h, ac), link.state.flatten(1, 2))
     return Pulled(out.baddbmm_(G * hX, D, alpha=-1), hX)
 
 
 def push(d: Tensor, link: Link) -> Pushed:
     """d [R, C, d_out] times the transposed weights."""
     if link.past is None:
-        return Pushed(torch.bmm(d, link.state[:, 0].mT), None, None)
+        return Pushed(torch.bmm(d, _weights(link.state).mT), None, None)
     (ac, G), X, D = link.past
+    assert not isinstance(link.state, Apart)  # errors have a history behind whole chunks only
     dD = torch.bmm(d, D.mT)
     parts = torch.bmm(d, link.state.flatten(1, 2).mT).unflatten(-1, (2, -1))
     a, c = ac.unsqueeze(-1).unbind(-2)

@@ -13,7 +13,7 @@ from .scan import Checkpoints, run, run_backward
 
 def _layout(packed: Packed, chunk_size: int) -> Layout:
     block = block_size(chunk_size, packed.q.device)
-    return Layout.of(packed.cu, packed.tail, packed.ask, chunk_size, block)
+    return Layout.of(packed.bounds, packed.tail, packed.ask, chunk_size, block)
 
 
 def kept_shapes(packed: Packed, chunk_size: int) -> list[tuple[int, ...]]:
@@ -25,11 +25,16 @@ def kept_shapes(packed: Packed, chunk_size: int) -> list[tuple[int, ...]]:
 
 
 def forward(
-    packed: Packed, options: Options, chunk_size: int, longest: int, kept: list[Tensor]
+    packed: Packed,
+    options: Options,
+    chunk_size: int,
+    longest: int,
+    kept: list[Tensor],
+    final: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Answers and final state; where there is anything to keep, it is filled in."""
+    """Answers and final state, if asked; where there is anything to keep, it is filled in."""
     checkpoints = Checkpoints(kept, len(packed.weights)) if kept else None
-    return run(packed, _layout(packed, chunk_size), options, checkpoints)
+    return run(packed, _layout(packed, chunk_size), options, checkpoints, final)
 
 
 def backward(

@@ -46,7 +46,8 @@ def _spans(reading: Reading, layout: Layout, options: Options) -> Iterator[_Span
 
 
 def _layout(cu: Tensor) -> Layout:
-    return Layout.of(cu, torch.zeros_like(cu[1:]), cu[:-1], BLOCK.tokens, BLOCK)
+    bounds = torch.stack([cu[:-1], cu[1:]], 1)
+    return Layout.of(bounds, torch.zeros_like(cu[1:]), cu[:-1], BLOCK.tokens, BLOCK)
 
 
 def recall(reading: Reading, options: Options) -> Tensor:

@@ -13,6 +13,8 @@ leaves it as the final state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ from .block import (
     read_links,
 )
 from .layout import Layout, Span
+from .links import Apart
 from .network import Network, NormGrad
 from .span import Box, Gates, Tables, norm_rows
 
@@ -55,6 +58,7 @@ class Walk:
 
     def __init__(self, span: Span, packed: Packed, layout: Layout, options: Options):
         self.span, self.size = span, layout.block
+        self.asks = span.asked < self.size.tokens
         self.box = Box(span, packed.k.shape[1])
         self.gates = Gates(span, self.box, packed)
         self.tables = self.gates.tables()
@@ -65,7 +69,9 @@ class Walk:
         self.v = self.box.tokens.take(packed.v, dtype)
         self.q = self.box.queries.take(packed.q, dtype)
 
-    def learn(self, i: int, anchor: State, order: int) -> tuple[list[Chunk], State, State]:
+    def learn(
+        self, i: int, anchor: Sequence[Tensor | Apart], order: int
+    ) -> tuple[list[Chunk], State, State]:
         """Errors of block i, and every layer's inputs and errors over the whole block."""
         depth, count = len(anchor), self.size.chunks
         chunks = errors(self.k[i], self.v[i], anchor, self.by[i], count, self.network, order)
@@ -74,6 +80,15 @@ class Walk:
         X = [torch.cat([c.x[n] for c in chunks], 1) for n in range(depth)]
         D = [torch.cat([c.d[n] for c in chunks], 1) for n in range(depth)]
         return chunks, X, D
+
+    def answer(self, i: int, running: Sequence[Tensor | Apart], X: State, D: State) -> Tensor:
+        """Of block i to its queries, [R, n, D]."""
+        links = read_links(running, X, D, self.by[i], self.span.asked)
+        return read(self.q[i], links, self.network)
+
+    def moves(self, i: int) -> bool:
+        """Whether block i hands on another state than it started with; all but the last do."""
+        return self.span.moves or self.span.start + i + 1 < self.span.stop
 
     def ends_chunk(self, i: int) -> bool:
         return (self.span.start + i + 1) % self.size.blocks == 0
@@ -95,6 +110,8 @@ class Walk:
         memory: Recycler | None = None,
     ) -> tuple[State, State]:
         """Anchor and running state after block i."""
+        if not self.moves(i):
+            return anchor, running
         out = [None if memory is None else memory.take(x) for x in running]
         running = [advance(*parts) for parts in zip(running, X, D, self.by[i], out, strict=True)]
         if not self.ends_chunk(i):
@@ -106,7 +123,7 @@ class Walk:
 
     def hand_on_backward(self, i: int, danchor: State, drunning: State) -> tuple[State, State]:
         """Gradients of the anchor and of what `advance` made, from those of what was handed on."""
-        if self.size.blocks == 1 or not self.ends_chunk(i):
+        if self.size.blocks == 1 or not self.moves(i) or not self.ends_chunk(i):
             return danchor, drunning
         total = [a + r for a, r in zip(danchor, drunning, strict=True)]
         whole = self.whole(i)
@@ -163,11 +180,18 @@ def parts(state: State, layout: Layout, heads: int) -> list[Tensor]:
 
 
 def run(
-    packed: Packed, layout: Layout, options: Options, kept: Checkpoints | None = None
+    packed: Packed,
+    layout: Layout,
+    options: Options,
+    kept: Checkpoints | None = None,
+    final: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Answers and final state, made of differentiable operations."""
+    """Answers and final state, if asked, made of differentiable operations."""
     heads = packed.k.shape[1]
     o = torch.zeros_like(packed.q, memory_format=torch.contiguous_format)
+    if layout.still and not final:
+        _run_still(packed, layout, options, o)
+        return o, []
     anchor = running = initial_state(packed, layout)
     finished = []
     memory = None if torch.is_grad_enabled() else Recycler()
@@ -184,16 +208,32 @@ def run(
         answers = []
         for i in range(span.stop - span.start):
             _, X, D = walk.learn(i, anchor, 1)
-            links = read_links(running, X, D, walk.by[i])
-            answers.append(read(walk.q[i], links, walk.network))
+            if walk.asks:
+                answers.append(walk.answer(i, running, X, D))
             before = running
             anchor, running = walk.hand_on(i, anchor, running, X, D, memory)
-            if memory is not None and before is not anchor:
+            if memory is not None and before is not anchor and before is not running:
                 memory.give(before)
-        walk.box.queries.put(o, torch.stack(answers))
+        if walk.asks:
+            walk.box.queries.put(o, torch.stack(answers))
+    if not final:
+        return o, []
     finished.append(anchor)
-    final = [torch.cat(rows) for rows in zip(*reversed(finished), strict=True)]
-    return o, parts(final, layout, heads)
+    state = [torch.cat(rows) for rows in zip(*reversed(finished), strict=True)]
+    return o, parts(state, layout, heads)
+
+
+def _run_still(packed: Packed, layout: Layout, options: Options, o: Tensor) -> None:
+    """The walk where it is one block that moves nothing. Fills in the answers."""
+    for span in layout.spans():
+        state = [
+            Apart(*(layout.sort(x)[: span.sequences].flatten(0, 1) for x in layer))
+            for layer in zip(packed.weights, packed.momentum, strict=True)
+        ]
+        walk = Walk(span, packed, layout, options)
+        if walk.asks:
+            _, X, D = walk.learn(0, state, 1)
+            walk.box.queries.put(o, walk.answer(0, state, X, D)[None])
 
 
 def run_backward(
@@ -260,13 +300,14 @@ def _span_backward(
     memory: Recycler,
 ) -> tuple[State, State]:
     """One span: forward again, then block after block in reverse. Fills in tokens' gradients."""
-    depth, blocks = len(anchor), walk.span.stop - walk.span.start
+    depth, blocks, asked = len(anchor), walk.span.stop - walk.span.start, walk.span.asked
     records = []
     for i in range(blocks):
         chunks, X, D = walk.learn(i, anchor, 2)
         records.append((running, chunks, X, D))
         anchor, running = walk.hand_on(i, anchor, running, X, D, memory)
-    memory.give(running)
+    if walk.moves(blocks - 1):
+        memory.give(running)
 
     dout = walk.box.queries.take(do, walk.q.dtype)
     dq, dk, dv = torch.empty_like(walk.q), torch.empty_like(walk.k), torch.empty_like(walk.v)
@@ -277,19 +318,28 @@ def _span_backward(
         running, chunks, X, D = records.pop()
         by = walk.by[i]
         danchor, drunning = walk.hand_on_backward(i, danchor, drunning)
-        block = [
-            BlockGrad(torch.empty_like(x), torch.empty_like(d), memory.take(state), coefficients)
-            for x, d, state, coefficients in zip(X, D, running, dby[i], strict=True)
-        ]
-        for layer in zip(drunning, running, X, D, by, block, strict=True):
-            advance_backward(*layer)
-        memory.give(drunning)
-        drunning = [grad.state for grad in block]
+        if walk.moves(i):
+            block = [
+                BlockGrad(
+                    torch.empty_like(x), torch.empty_like(d), memory.take(state), coefficients
+                )
+                for x, d, state, coefficients in zip(X, D, running, dby[i], strict=True)
+            ]
+            for layer in zip(drunning, running, X, D, by, block, strict=True):
+                advance_backward(*layer)
+            memory.give(drunning)
+            drunning = [grad.state for grad in block]
+        else:
+            block = [
+                BlockGrad(_zeros(x), _zeros(d), state, coefficients)
+                for x, d, state, coefficients in zip(X, D, drunning, dby[i], strict=True)
+            ]
         if walk.size.blocks == 1:
             danchor = drunning
-        links, N = read_links(running, X, D, by), walk.size.tokens
-        link_grads = [grad.link(1, N + 1, N) for grad in block]
-        dq[i] = read_backward(dout[i], walk.q[i], links, walk.network, link_grads, norm)
+        if walk.asks:
+            links, N = read_links(running, X, D, by, asked), walk.size.tokens
+            link_grads = [grad.link(asked + 1, N + 1, N) for grad in block]
+            dq[i] = read_backward(dout[i], walk.q[i], links, walk.network, link_grads, norm)
         dk[i], dv[i] = errors_backward(chunks, walk.network, block, danchor, norm)
         if i > 0:
             memory.give(running)

@@ -20,7 +20,7 @@ def norm_rows(norm: Tensor | None, sequences: int) -> tuple[Tensor, Tensor] | No
     """LayerNorm weight and bias, [H, 2, D], of every row, [R, 1, D] each."""
     if norm is None:
         return None
-    weight, bias = norm.repeat(sequences, 1, 1).split(1, 1)
+    weight, bias = norm.expand(sequences, *norm.shape).flatten(0, 1).split(1, 1)
     return weight, bias
 
 
@@ -30,7 +30,7 @@ class Rows:
     def __init__(self, places: Places, heads: int):
         head = torch.arange(heads, device=places.row.device).unsqueeze(1)
         self.row = places.row.unsqueeze(2) * heads + head
-        self.valid = places.valid
+        self.index, self.valid = self.row.flatten(), places.valid
         if self.valid is not None:
             self.valid = self.valid.unsqueeze(2).expand_as(self.row)
 
@@ -38,14 +38,14 @@ class Rows:
         """[M, H, width] to [g, R, N, width], zero where there is no token."""
         g, n, H, N = self.row.shape
         x = x.flatten(0, 1) if len(x) else x.new_zeros(H, x.shape[-1])  # no queries, but a tail
-        out = x.index_select(0, self.row.flatten()).to(dtype)
+        out = x.index_select(0, self.index).to(dtype)
         if self.valid is not None:
             out = out.masked_fill(~self.valid.reshape(-1, 1), 0.0)
-        return out.view(g, n * H, N, -1)
+        return out.view(g, n * H, N, x.shape[-1])
 
     def put(self, out: Tensor, x: Tensor) -> None:
         """[g, R, N, width] into [M, H, width]."""
-        x, index = x.to(out.dtype).reshape(-1, out.shape[-1]), self.row.flatten()
+        x, index = x.to(out.dtype).reshape(-1, out.shape[-1]), self.index
         if self.valid is not None:
             there = self.valid.flatten()
             x, index = x[there], index[there]
@@ -85,14 +85,19 @@ class Gates:
     def __init__(self, span: Span, box: Box, packed: Packed):
         g, n, H, N = box.tokens.row.shape
         self.valid = None if box.tokens.valid is None else box.tokens.valid.reshape(g, n * H, N)
-        take = lambda x: box.tokens.take(x, accumulator(packed.q)).movedim(-1, 0)  # noqa: E731
-        # [G, g, R, N] each
-        self.gates = take(packed.theta), take(packed.alpha), take(packed.eta)
-        end = box.tokens.row.new_full((g, n), N) if span.end is None else span.end
-        self.end = end.repeat_interleave(H, 1)[None, :, :, None, None]  # [1, g, R, 1, 1]
+        gates = torch.cat([packed.theta, packed.alpha, packed.eta], -1)
+        gates = box.tokens.take(gates, accumulator(packed.q)).movedim(-1, 0)
+        self.theta, self.alpha, self.eta = gates.chunk(3)  # [G, g, R, N] each
+        self.moves = span.moves or span.stop > span.start + 1
+        if self.moves:
+            end = box.tokens.row.new_full((g, n), N) if span.end is None else span.end
+            self.end = end.repeat_interleave(H, 1)[None, :, :, None, None]  # [1, g, R, 1, 1]
 
     def tables(self) -> Tables:
-        a, Q, M = coefficients(*self.gates, self.valid)
+        a, Q, M = coefficients(self.theta, self.alpha, self.eta, self.valid)
+        if not self.moves:
+            nothing = a.new_zeros(*a.shape[:3], 0, 2)
+            return Tables(torch.stack([a, Q[..., 0]], -1), Q[..., 1:], nothing, nothing)
         end = self._end_rows(a)
         rows = torch.cat([Q.gather(-2, end), M.gather(-2, end)], -2)  # [G, g, R, 2, N + 1]
         # W' takes a of W and c of S, S' takes nothing of W and p of S.
@@ -109,14 +114,20 @@ class Gates:
         da, dc = grad.ac.unbind(-1)
         dQ = torch.cat([dc.unsqueeze(-1), grad.G], -1)
         dM = torch.zeros_like(dQ)
+        if self.moves:
+            da = self._ends_backward(grad, da, dQ, dM)
+        theta, alpha, eta = coefficients_backward(
+            self.theta, self.alpha, self.eta, self.valid, Coefficients(da, dQ, dM)
+        )
+        return theta.movedim(0, -1), alpha.movedim(0, -1), eta.movedim(0, -1)
+
+    def _ends_backward(self, grad: Tables, da: Tensor, dQ: Tensor, dM: Tensor) -> Tensor:
+        """What blocks hand on, added to dQ and dM, and to da, which is returned."""
         end = self._end_rows(da)
         rows = torch.cat([grad.keep[..., 1:], grad.learn.mT], -1)  # [G, g, R, 2, N + 1]
-        da = da.scatter_add(-1, end[..., 0, :1], grad.keep[..., 0, :1])
         dQ.scatter_add_(-2, end, rows[..., :1, :])
         dM.scatter_add_(-2, end, rows[..., 1:, :])
-        grads = coefficients_backward(*self.gates, self.valid, Coefficients(da, dQ, dM))
-        theta, alpha, eta = grads
-        return theta.movedim(0, -1), alpha.movedim(0, -1), eta.movedim(0, -1)
+        return da.scatter_add(-1, end[..., 0, :1], grad.keep[..., 0, :1])
 
     def _end_rows(self, a: Tensor) -> Tensor:
         """[G, g, R, 1, N + 1]: which row of the coefficients each block hands on."""

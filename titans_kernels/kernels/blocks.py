@@ -1,8 +1,8 @@
 """Which tokens a block holds: the one place where kernels turn block numbers into positions.
 
-Sequences lie end to end, sequence n at `cu[n]` to `cu[n + 1]`, an open chunk's tail ahead of its
-tokens. A block holds whole chunks, or a chunk spans SPAN blocks and none crosses its end. Slots are
-the blocks of one group, BLOCKS to a sequence.
+Sequence n lies at `bounds[n, 0]` to `bounds[n, 1]`, an open chunk's tail ahead of its tokens. A
+block holds whole chunks, or a chunk spans SPAN blocks and none crosses its end. Slots are the
+blocks of one group, BLOCKS to a sequence.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def block_of(
-    p_cu,
+    p_bounds,
     slot,
     group,
     BLOCKS: tl.constexpr,
@@ -25,8 +25,8 @@ def block_of(
     """
     n = slot // BLOCKS
     block = (group + slot % BLOCKS).to(tl.int64)
-    start = tl.load(p_cu + n).to(tl.int64)
-    total = tl.load(p_cu + n + 1).to(tl.int64) - start
+    start = tl.load(p_bounds + 2 * n).to(tl.int64)
+    total = tl.load(p_bounds + 2 * n + 1).to(tl.int64) - start
     if SPAN == 1:
         position = block * TOKENS
         count = tl.minimum(total - position, TOKENS)

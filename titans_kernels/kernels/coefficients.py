@@ -23,7 +23,7 @@ def coefficients_kernel(
     p_end,  # out [slots, H, L, 4 + 2 BT]: a, c, p, unused, G, P of the state handed on
     p_p,  # out [slots, H, L, BT], where the backward pass wants them
     p_P,  # out [slots, H, L, BT, BT]
-    p_cu,  # [N + 1]
+    p_bounds,  # [N, 2]
     group,  # index of the first block of the group
     BLOCKS: tl.constexpr,  # of a group, per sequence
     H: tl.constexpr,
@@ -35,7 +35,7 @@ def coefficients_kernel(
     KEEP: tl.constexpr,
 ):
     i_slot, i_h, i_l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    first, count, end = block_of(p_cu, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
+    first, count, end = block_of(p_bounds, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
     if count == 0:
         return
     o_t = tl.arange(0, BT)

@@ -36,7 +36,7 @@ def coefficients_backward_kernel(
     p_dtheta,  # out [M, H, L]
     p_dalpha,
     p_deta,
-    p_cu,  # [N + 1]
+    p_bounds,  # [N, 2]
     group,
     BLOCKS: tl.constexpr,
     H: tl.constexpr,
@@ -47,7 +47,7 @@ def coefficients_backward_kernel(
     BT: tl.constexpr,
 ):
     i_slot, i_h, i_l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    first, count, end = block_of(p_cu, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
+    first, count, end = block_of(p_bounds, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
     if count == 0:
         return
     o_t = tl.arange(0, BT)

@@ -35,7 +35,7 @@ def inputs_backward_kernel(
     p_da,  # out [slots, H, L, BT], with SHARED added to; with KEYS [slots, H, BT]
     p_dc,
     p_dG,  # out [slots, H, L, BT, BT], likewise; with KEYS [slots, H, BT, BT]
-    p_cu,  # [N + 1]
+    p_bounds,  # [N, 2]
     p_tail,  # [N]
     p_ask,  # [N]
     group,
@@ -59,7 +59,7 @@ def inputs_backward_kernel(
     PRECISION: tl.constexpr,
 ):
     i_slot, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    first, count, _ = block_of(p_cu, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
+    first, count, _ = block_of(p_bounds, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
     if count == 0:
         return
     W: tl.constexpr = D * HIDDEN
@@ -81,7 +81,7 @@ def inputs_backward_kernel(
             p_s1 = p_w1  # there is no share of its momentum
         i_da = i_b * BT
     else:
-        before = first - tl.load(p_cu + n) - tl.load(p_tail + n)
+        before = first - tl.load(p_bounds + 2 * n) - tl.load(p_tail + n)
         m_h, at = m_t & (before + o_t >= 0), tl.load(p_ask + n) + before
         o_row = o_t
         i_da = i_a

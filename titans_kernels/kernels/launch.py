@@ -16,14 +16,14 @@ from .tiles import Blocks, Tile
 
 
 class Tokens(NamedTuple):
-    """Sequences end to end, a tail ahead of its sequence's tokens."""
+    """N sequences in order, a tail ahead of its sequence's tokens."""
 
     k: Tensor  # [M, H, D]
     v: Tensor
     theta: Tensor  # [M, H, L]
     alpha: Tensor
     eta: Tensor
-    cu: Tensor  # [N + 1] int64
+    bounds: Tensor  # [N, 2] int64, first token and end
     tail: Tensor  # [N] int64
     ask: Tensor  # [N] int64, first query
 
@@ -103,7 +103,7 @@ class Trace(NamedTuple):
 
 def allocate(tokens: Tokens, state: list[Tensor], problem: Problem, keep: bool = False) -> Scratch:
     """Scratch for `problem.group` blocks of every sequence; `state` are weights, [N, H, ...]."""
-    N, (H, D) = len(tokens.cu) - 1, tokens.k.shape[1:]
+    N, (H, D) = len(tokens.bounds), tokens.k.shape[1:]
     L, BT, slots = tokens.theta.shape[2], problem.tile.block, N * problem.group
     hidden, acc = state[0].shape[-1], state[0].dtype
     inner = hidden if len(state) > 1 else 0
@@ -148,7 +148,7 @@ def coefficients(tokens: Tokens, scratch: Scratch, first_block: int, problem: Pr
         p_end=scratch.end,
         p_p=scratch.trace.p if scratch.trace else scratch.a,
         p_P=scratch.trace.P if scratch.trace else scratch.a,
-        p_cu=tokens.cu,
+        p_bounds=tokens.bounds,
         group=first_block,
         BLOCKS=problem.group,
         H=H,
@@ -209,7 +209,7 @@ def scan(
         p_S2_out=scratch.momentum[last],
         p_y=scratch.trace.y if scratch.trace else scratch.z,
         p_e=scratch.trace.e if scratch.trace else scratch.z,
-        p_cu=tokens.cu,
+        p_bounds=tokens.bounds,
         group=first_block,
         blocks=problem.group,
         chunks=problem.blocks.chunks,
@@ -248,7 +248,7 @@ def retrieve(
         p_h=scratch.trace.query_h if scratch.trace else scratch.x,
         p_y=scratch.trace.query_y if scratch.trace else scratch.z,
         p_parts=scratch.trace.query_parts if scratch.trace else scratch.z,
-        p_cu=tokens.cu,
+        p_bounds=tokens.bounds,
         p_tail=tokens.tail,
         p_ask=tokens.ask,
         group=first_block,

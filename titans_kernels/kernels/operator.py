@@ -20,8 +20,9 @@ __all__ = ["backward", "forward", "kept_shapes", "retrieve", "retrieve_backward"
 GROUP = 2048  # tokens of a sequence whose scratch is held at a time
 
 
-def _tile(q: Tensor, weights: list[Tensor], *chunk_size: int) -> Tile:
-    return tile(q.shape[2], weights[0].shape[-1], q.dtype, architecture(q.device), *chunk_size)
+def _tile(q: Tensor, weights: list[Tensor], chunk_size: int = 16, backward: bool = True) -> Tile:
+    sizes = q.shape[2], weights[0].shape[-1]
+    return tile(*sizes, q.dtype, architecture(q.device), chunk_size, backward)
 
 
 Count = TypeVar("Count", int, Tensor)
@@ -57,8 +58,10 @@ class Plan(NamedTuple):
     tokens: Tokens
 
     @classmethod
-    def of(cls, packed: Packed, options: Options, chunk_size: int, longest: int) -> Plan:
-        size = _tile(packed.q, packed.weights, chunk_size)
+    def of(
+        cls, packed: Packed, options: Options, chunk_size: int, longest: int, backward: bool = True
+    ) -> Plan:
+        size = _tile(packed.q, packed.weights, chunk_size, backward)
         blocks = Blocks.of(chunk_size, size)
         intervals = Intervals.of(chunk_size, size, blocks)
         if blocks.span == 1:
@@ -76,7 +79,8 @@ class Plan(NamedTuple):
             if intervals.blocks % n == 0 and (n >= wanted or n == intervals.blocks)
         )
         problem = Problem(chunk_size, blocks, group, *options, packed.norm, size)
-        return cls(problem, intervals, most, Tokens(*packed[1:6], *packed[9:]))
+        tokens = Tokens(*packed.tokens(), packed.bounds, packed.tail, packed.ask)
+        return cls(problem, intervals, most, tokens)
 
     def kept_rows(self, first_block: int, rows: int) -> Tensor:
         """Where each sequence keeps the state it starts this block with, [N]; `rows`: it has none.
@@ -85,8 +89,9 @@ class Plan(NamedTuple):
         """
         (blocks, size, period), problem = self.intervals, self.problem
         position = first_block // size * period + first_block % size * problem.blocks.tokens
-        row = self.intervals.rows(self.tokens.cu[:-1]) + (first_block // blocks - 1)
-        return row.where(self.tokens.cu.diff() > position, rows)
+        first, end = self.tokens.bounds.unbind(1)
+        row = self.intervals.rows(first) + (first_block // blocks - 1)
+        return row.where(end - first > position, rows)
 
 
 def kept_shapes(packed: Packed, chunk_size: int) -> list[tuple[int, ...]]:
@@ -103,10 +108,15 @@ def kept_shapes(packed: Packed, chunk_size: int) -> list[tuple[int, ...]]:
 
 
 def forward(
-    packed: Packed, options: Options, chunk_size: int, longest: int, kept: list[Tensor]
+    packed: Packed,
+    options: Options,
+    chunk_size: int,
+    longest: int,
+    kept: list[Tensor],
+    final: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Answers and final state; where there is anything to keep, it is filled in."""
-    plan = Plan.of(packed, options, chunk_size, longest)
+    """Answers and final state, if asked; where there is anything to keep, it is filled in."""
+    plan = Plan.of(packed, options, chunk_size, longest, backward=bool(kept))
     problem, tokens = plan.problem, plan.tokens
     depth = len(packed.weights)
     # Running state, and that of the last whole chunk: another where a chunk spans blocks.
@@ -125,7 +135,7 @@ def forward(
             _scan(plan, (running, anchor), scratch, first)
             if len(o):
                 launch.retrieve(packed.q, o, tokens, scratch, first, problem)
-    return o, anchor
+    return o, anchor if final else []
 
 
 _DENSE = torch.contiguous_format
@@ -156,7 +166,7 @@ def backward(
     dtokens = TokenGrad(*(torch.zeros_like(x, memory_format=_DENSE) for x in packed[:6]))
     dstate, danchor = [_copy(x) for x in dfinal], [_copy(x) for x in dfinal]
     if problem.blocks.span > 1:  # a chunk that is still open leaves its anchor as the final state
-        whole = (tokens.cu.diff() % chunk_size == 0)[:, None, None, None]
+        whole = (packed.lengths() % chunk_size == 0)[:, None, None, None]
         for running, anchor in zip(dstate, danchor, strict=True):
             running.masked_fill_(~whole, 0.0)
             anchor.masked_fill_(whole, 0.0)

@@ -33,7 +33,7 @@ def retrieve_kernel(
     p_h,  # what the activation makes of them,
     p_y,  # [slots, H, BT, D]: last products,
     p_parts,  # [slots, H, 2, BT, D]: and what of them is W's and S's, before a and c
-    p_cu,  # [N + 1]
+    p_bounds,  # [N, 2]
     p_tail,  # [N] tokens of tails
     p_ask,  # [N] first query
     group,
@@ -58,13 +58,13 @@ def retrieve_kernel(
     KEEP: tl.constexpr,
 ):
     i_slot, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    first, count, _ = block_of(p_cu, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
+    first, count, _ = block_of(p_bounds, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
     o_q = tl.program_id(2) * BQ + tl.arange(0, BQ)
     if count <= tl.program_id(2) * BQ:
         return
     n = i_slot // BLOCKS
     # token `first + t` asks query `ask + t`, where there is one
-    before = first - tl.load(p_cu + n) - tl.load(p_tail + n)
+    before = first - tl.load(p_bounds + 2 * n) - tl.load(p_tail + n)
     ask = tl.load(p_ask + n) + before
     o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BH)
     m_t, m_d = o_t < count, o_d < D

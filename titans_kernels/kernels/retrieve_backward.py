@@ -66,7 +66,7 @@ def retrieve_backward_kernel(
     p_dc,
     p_dG,  # out [slots, H, L, BT, BT], likewise, at depth 2
     p_dnorm,  # out [slots, H, 2, D]
-    p_cu,  # [N + 1]
+    p_bounds,  # [N, 2]
     p_tail,  # [N]
     p_ask,  # [N]
     group,
@@ -90,7 +90,7 @@ def retrieve_backward_kernel(
     PRECISION: tl.constexpr,
 ):
     i_slot, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    first, count, _ = block_of(p_cu, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
+    first, count, _ = block_of(p_bounds, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
     o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BH)
     o_r = tl.arange(0, BR)
     m_t, m_d = o_t < count, o_d < D
@@ -105,7 +105,7 @@ def retrieve_backward_kernel(
             tl.store(p_dnorm + D + o_d, tl.zeros([BD], ACC), mask=m_d)
         return
     n = i_slot // BLOCKS
-    before = first - tl.load(p_cu + n) - tl.load(p_tail + n)
+    before = first - tl.load(p_bounds + 2 * n) - tl.load(p_tail + n)
     ask = tl.load(p_ask + n) + before
     m_q = m_t & (before + o_t >= 0)
     p_q += (ask * H + i_h) * D

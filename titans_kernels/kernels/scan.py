@@ -89,7 +89,7 @@ def scan_kernel(
     p_S2_out,
     p_y,  # where the backward pass wants them, out [slots, H, BT, D], last products
     p_e,  # [slots, H, BT, HIDDEN], errors behind the activation
-    p_cu,
+    p_bounds,
     group,
     blocks,
     chunks,
@@ -129,7 +129,8 @@ def scan_kernel(
     o_s = i_s * W
 
     for i_block in tl.range(0, blocks, num_stages=1, disable_licm=True):
-        first, count, _ = block_of(p_cu, i_n * BLOCKS + i_block, group, BLOCKS, CHUNK, TOKENS, SPAN)
+        slot = i_n * BLOCKS + i_block
+        first, count, _ = block_of(p_bounds, slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
         if count > 0:
             i_b = (i_n * BLOCKS + i_block) * H + i_h
             o_token = ((first + o_i) * H + i_h) * D

@@ -78,7 +78,7 @@ def scan_backward_kernel(
     p_dG,  # in and out [slots, H, L, BT, BT], likewise
     p_dend,  # out [slots, H, L, 4 + 2 BT]
     p_dnorm,  # in and out [N, H, 2, D]
-    p_cu,  # [N + 1]
+    p_bounds,  # [N, 2]
     p_tail,  # [N]
     p_ask,  # [N]
     group,
@@ -119,7 +119,7 @@ def scan_backward_kernel(
     for back in tl.range(0, blocks, num_stages=1, disable_licm=True):
         i_block = blocks - 1 - back
         i_slot = i_n * BLOCKS + i_block
-        first, count, _ = block_of(p_cu, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
+        first, count, _ = block_of(p_bounds, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
         if count > 0:
             i_b = i_slot * H + i_h
             m_i = o_i < count
@@ -430,7 +430,7 @@ def scan_backward_kernel(
 
             # What all that read the state in this block give it.
             o_row = o_i // CHUNK * CHUNK - 1 if SPAN == 1 else o_i * 0 - 1  # that keys read with
-            before = first - tl.load(p_cu + i_n) - tl.load(p_tail + i_n)
+            before = first - tl.load(p_bounds + 2 * i_n) - tl.load(p_tail + i_n)
             begins = (group + i_block) % SPAN == 0
             da, dc, dp = hand_back(
                 p_q + ((tl.load(p_ask + i_n) + before) * H + i_h) * D,

@@ -131,6 +131,25 @@ _HALF = {
 }
 ARCHITECTURES = tuple(_HALF)
 
+# Ahead of these rows where no backward pass follows: of states, which are most of what scan moves,
+# blocks of 128 tokens move half. Scan and retrieve; recall, alike in both, takes the rows above.
+_FORWARD: dict[str, tuple[tuple[int, int, Tile], ...]] = {
+    "sm_80": (),
+    "sm_90": (
+        # 221 (3.6: 255), 254; chunks of 64: 233
+        (64, 64, Tile(128, 64, 64, 64, scan=_8, retrieve=_8)),
+        # 231 (3.6: 255 and 16), 254; chunks of 32: 245
+        (128, 32, Tile(128, 64, 32, 64, scan=_8, retrieve=_8)),
+    ),
+    "sm_100": (
+        # 196, 162; chunks of 64: 236
+        (64, 64, Tile(128, 64, 64, 64, scan=_8, retrieve=_8)),
+        # 228 (3.6: 255 and 16), 214
+        (128, 32, Tile(128, 64, 64, 64, scan=_8, retrieve=_8)),
+    ),
+    "gfx942": (),
+}
+
 # float32 is for comparing, not for speed: unless tf32 is allowed, NVIDIA's GPUs multiply it without
 # tensor cores, operands in registers. Figures of sm_90; the others differ little.
 _SINGLE = (
@@ -157,9 +176,17 @@ def using(choice: Tile) -> Iterator[None]:
 
 
 def tile(
-    head_dim: int, hidden: int, dtype: torch.dtype, architecture: str, chunk_size: int = 16
+    head_dim: int,
+    hidden: int,
+    dtype: torch.dtype,
+    architecture: str,
+    chunk_size: int = 16,
+    backward: bool = True,
 ) -> Tile:
-    """The tile of a memory's sizes, on one of ARCHITECTURES; any other has the default."""
+    """The tile of a memory's sizes, on one of ARCHITECTURES; any other has the default.
+
+    Training takes one tile for all its passes, what is never differentiated perhaps another.
+    """
     if _chosen is not None:
         return _chosen
     rows = _HALF.get(architecture)
@@ -167,6 +194,8 @@ def tile(
         return Tile()
     if dtype.itemsize > 2:
         rows = _SINGLE
+    elif not backward:
+        rows = (*_FORWARD[architecture], *rows)
     size = next(size for D, chunk, size in rows if head_dim <= D and chunk_size <= chunk)
     return replace(size, slice=min(size.slice, max(16, 1 << (hidden - 1).bit_length())))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -38,38 +40,57 @@ class ShortConvolution(nn.Module):
         self, x: Tensor, history: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, channels], history [N, size - 1, channels] or None for zeros -> (y, history)."""
-        B, T, _ = x.shape
-        before = self.size - 1
-        if history is None:
-            sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
-            history = x.new_zeros(sequences, before, self.channels)
-
-        if cu_seqlens is None:
-            past = torch.cat([history, x], dim=1)  # [B, before + T, channels]
-            # Not a view: a state must not keep its whole segment alive.
-            return self._filter(past, T), past[:, T:].clone()
-
-        # Every sequence behind its own history, all in one row: no filter reaches into a neighbour.
-        ends = cu_seqlens.to(x.device, torch.int64)
-        n = torch.arange(len(history), device=x.device)  # [N]
-        tokens = torch.arange(T, device=x.device)
-        shift = n.repeat_interleave(ends.diff(), output_size=T) * before  # [T]
-        rows = torch.arange(before, device=x.device)
-        first = (ends[:-1] + n * before)[:, None] + rows  # [N, before]
-        last = (ends[1:] + n * before)[:, None] + rows
-        past = x.new_zeros(T + history.shape[0] * before, self.channels)
-        past = past.index_copy(0, tokens + shift + before, x[0])
-        past = past.index_copy(0, first.flatten(), history.flatten(0, 1))
-        y = self._filter(past[None], len(past) - before)
-        return y[:, tokens + shift], past[last]
-
-    def _filter(self, past: Tensor, count: int) -> Tensor:
-        dtype = torch.promote_types(past.dtype, torch.float32)
-        past, weight = past.to(dtype), self.weight.to(dtype)
-        y = past[:, :count] * weight[:, 0]
-        for j in range(1, self.size):
-            y = torch.addcmul(y, past[:, j : j + count], weight[:, j])
-        return y
+        y, (past,) = convolve([self], [x], None if history is None else [history], cu_seqlens)
+        return y[:, 0], past
 
     def extra_repr(self) -> str:
         return f"{self.channels}, size={self.size}"
+
+
+def convolve(
+    convolutions: Sequence[ShortConvolution],
+    streams: Sequence[Tensor],
+    histories: Sequence[Tensor] | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """S streams [B, T, channels], each through a convolution of its own, in the steps of one.
+
+    Returns:
+        (y, histories): [B, S, T, channels]; S of [N, size - 1, channels].
+    """
+    x, before = streams[0], convolutions[0].size - 1
+    B, T, channels = x.shape
+    weight = torch.stack([c.weight for c in convolutions])  # [S, channels, size]
+    if histories is None:
+        sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+        histories = [x.new_zeros(sequences, before, channels)] * len(streams)
+
+    if cu_seqlens is None:
+        rows = [part for pair in zip(histories, streams, strict=True) for part in pair]
+        past = torch.cat(rows, dim=1).view(B, len(streams), before + T, channels)
+        # Not a view: a state must not keep its whole segment alive.
+        return _filter(past, weight, T), past[:, :, T:].clone().unbind(1)
+
+    # Every sequence behind its own history, all in one row: no filter reaches into a neighbour.
+    N, ends = len(cu_seqlens) - 1, cu_seqlens.to(x.device, torch.int64)
+    n = torch.arange(N, device=x.device)
+    tokens = torch.arange(T, device=x.device)
+    shift = n.repeat_interleave(ends.diff(), output_size=T) * before  # [T]
+    rows_before = torch.arange(before, device=x.device)
+    first = (ends[:-1] + n * before)[:, None] + rows_before  # [N, before]
+    last = (ends[1:] + n * before)[:, None] + rows_before
+    past = x.new_zeros(len(streams), T + N * before, channels)
+    past = past.index_copy(1, tokens + shift + before, torch.cat(list(streams)))
+    past = past.index_copy(1, first.flatten(), torch.stack(list(histories)).flatten(1, 2))
+    y = _filter(past[None], weight, past.shape[1] - before)
+    return y[:, :, tokens + shift], past[:, last].unbind()
+
+
+def _filter(past: Tensor, weight: Tensor, count: int) -> Tensor:
+    """[B, S, rows, channels] to the `count` of them that have all their past."""
+    dtype = torch.promote_types(past.dtype, torch.float32)
+    past, weight = past.to(dtype), weight.to(dtype).unsqueeze(1)
+    y = past[:, :, :count] * weight[..., 0]
+    for j in range(1, weight.shape[-1]):
+        y = torch.addcmul(y, past[:, :, j : j + count], weight[..., j])
+    return y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..memory import neural_memory, retrieve
 from . import checking
-from .convolution import ShortConvolution
+from .convolution import ShortConvolution, convolve
 from .numeric import unit, wide
 from .state import LayerState
 
@@ -196,23 +197,19 @@ class NeuralMemory(nn.Module):
         checking.tokens(x, "[B, T, dim]", 3, self.q_proj.weight)
         checking.packing(x, cu_seqlens)
         projected = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
-        dtype = projected[0].dtype
         if state is not None:
             self._check_state(state, projected[0], cu_seqlens)
 
-        history = []
-        for i, convolution in enumerate(self.convolutions):
-            past = None if state is None else state.convolution[i]
-            projected[i], past = convolution(projected[i], past, cu_seqlens)
-            history.append(past)
-        q, k, v = (self._heads(y, dtype) for y in projected)
+        history = None if state is None else state.convolution
+        (q, k, v), history = self._heads(projected, history, cu_seqlens)
+        theta, alpha, eta = self._gates(x)
         o, memory = neural_memory(
             q,
             k,
             v,
-            theta=self.max_learning_rate * self._gate(x, self.theta_proj, self.theta_bias),
-            alpha=self._gate(x, self.alpha_proj, self.alpha_bias),
-            eta=self._gate(x, self.eta_proj, self.eta_bias),
+            theta=self.max_learning_rate * theta,
+            alpha=alpha,
+            eta=eta,
             weights=tuple(self.weights),
             norm=self._norm(),
             activation=self.activation,
@@ -224,7 +221,7 @@ class NeuralMemory(nn.Module):
             backend=self.backend,
         )
         assert memory is not None
-        return self._answer(o, x), LayerState(memory, tuple(history))
+        return self._answer(o, x), LayerState(memory, history)
 
     def step(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """One token of every sequence: [B, dim] -> ([B, dim], state).
@@ -250,19 +247,15 @@ class NeuralMemory(nn.Module):
         checking.tokens(x, "[B, T, dim]", 3, self.q_proj.weight)
         checking.packing(x, cu_seqlens)
         q = self.q_proj(x)
-        dtype = q.dtype
         if state is None:
             nowhere = None if cu_seqlens is None else torch.zeros_like(cu_seqlens)
             _, state = self(x[:, :0], cu_seqlens=nowhere)
         else:
             self._check_state(state, q, cu_seqlens)
 
-        history = state.convolution
-        for convolution in self.convolutions[:1]:
-            q, past = convolution(q, history[0], cu_seqlens)
-            history = past, *history[1:]
+        (q,), history = self._heads([q], state.convolution[:1], cu_seqlens)
         o = retrieve(
-            self._heads(q, dtype),
+            q,
             state.memory,
             norm=self._norm(),
             activation=self.activation,
@@ -270,11 +263,34 @@ class NeuralMemory(nn.Module):
             cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
-        return self._answer(o, x), LayerState(state.memory, history)
+        return self._answer(o, x), LayerState(state.memory, history + state.convolution[1:])
 
-    def _heads(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        """Queries, keys or values of unit length: [B, T, heads * dim_head] -> [B, T, H, D]."""
-        return unit(F.silu(y).unflatten(-1, (self.heads, self.dim_head))).to(dtype)
+    def _heads(
+        self,
+        projected: list[Tensor],
+        history: tuple[Tensor, ...] | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """The first of q, k and v, convolved and of unit length: [B, T, inner] -> [B, T, H, D].
+
+        One token's three go through together: that is a third of the steps, which are all it costs.
+        Longer ones go one at a time, in a third of the memory.
+        """
+        size = len(projected) if projected[0].shape[1] == 1 else 1
+        convolutions = [cast(ShortConvolution, c) for c in self.convolutions]
+        heads: list[Tensor] = []
+        kept: list[Tensor] = []
+        for i in range(0, len(projected), size):
+            part = slice(i, i + size)
+            if convolutions:
+                before = None if history is None else history[part]
+                y, last = convolve(convolutions[part], projected[part], before, cu_seqlens)
+                kept.extend(last)
+            else:
+                y = torch.stack(projected[part], 1)
+            y = unit(F.silu(y).unflatten(-1, (self.heads, self.dim_head)))  # [B, S, T, H, D]
+            heads.extend(y.to(projected[i].dtype).unbind(1))
+        return heads, tuple(kept)
 
     def _norm(self) -> tuple[Tensor, Tensor] | None:
         if self.norm_weight is None or self.norm_bias is None:
@@ -287,13 +303,17 @@ class NeuralMemory(nn.Module):
         o = (unit(o) * (self.dim_head**0.5 * wide(self.out_norm))).flatten(-2)
         return self.out_proj((o * F.silu(self.gate_proj(x))).to(dtype))
 
-    def _gate(self, x: Tensor, projection: nn.Linear, bias: Tensor) -> Tensor:
-        """A sigmoid of x: [B, T, heads], or [B, T, heads, depth] with per_layer_gates.
+    def _gates(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Three sigmoids of x: [B, T, heads], or [B, T, heads, depth] with per_layer_gates.
 
         Float32 from the bias on: bfloat16 would round a bias of -8 in steps of 0.03.
         """
-        gate = torch.sigmoid(wide(projection(x)) + bias)
-        return gate.unflatten(-1, (self.heads, self.depth)) if self.per_layer_gates else gate
+        projected = torch.stack([self.theta_proj(x), self.alpha_proj(x), self.eta_proj(x)])
+        bias = torch.stack([self.theta_bias, self.alpha_bias, self.eta_bias])
+        gates = torch.sigmoid(wide(projected) + bias[:, None, None])
+        if self.per_layer_gates:
+            gates = gates.unflatten(-1, (self.heads, self.depth))
+        return gates.unbind()
 
     def _check_state(self, state: LayerState, q: Tensor, cu_seqlens: Tensor | None) -> None:
         checking.state(
