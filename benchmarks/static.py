@@ -102,10 +102,10 @@ def key(report: Report) -> str:
 
 
 def is_training(report: Report) -> bool:
-    """Whether it is a pass of forward with a tile that only training takes."""
+    """Whether it is scan or retrieve with a tile that only training takes."""
     D = head_dim(report)
     alone = tile(D, 4 * D, torch.bfloat16, report.arch, chunk_size(report), backward=False)
-    return name(report) in model.FORWARD_PASSES and int(report.constants["BT"]) != alone.block
+    return name(report) in ("scan", "retrieve") and int(report.constants["BT"]) != alone.block
 
 
 def cost(report: Report) -> Cost:
@@ -160,14 +160,15 @@ def version() -> str:
 def most_stack(report: Report) -> int:
     """Bytes a thread may spill: none where kernels are meant to be fast.
 
-    That is on gfx942, and on sm_90 and sm_100 up to D 128 in chunks of 16. At D 128, 16 bytes are
-    what chunks of 64 take with Triton 3.9, and blocks of 128 tokens with 3.6.
+    That is on gfx942, and on sm_90 and sm_100 up to D 128 in chunks of 16. At D 128 chunks of 64
+    take 16 bytes with Triton 3.9, blocks of 128 tokens up to 32 with 3.6.
     """
     if report.arch == "gfx942":
         return 0
     if report.arch in ("sm_90", "sm_100") and head_dim(report) <= 128:
-        wide = chunk_size(report) > CHUNK or int(report.constants["BT"]) > 64
-        return 16 if wide else 0
+        if int(report.constants["BT"]) > 64:
+            return 32
+        return 16 if chunk_size(report) > CHUNK else 0
     return 256
 
 
@@ -248,8 +249,8 @@ def compiled(architectures: Iterable[str], head_dims: Iterable[int]) -> Iterable
                 chunk = options.get("chunk", CHUNK)
                 ways = [tile(size, 4 * size, torch.bfloat16, arch, chunk, x) for x in (True, False)]
                 if ways[0] != ways[1]:
-                    passes = {f"{x}_kernel" for x in model.FORWARD_PASSES}
-                    launches.append((only or passes, options | {"training": True}))
+                    only = only or {"scan_kernel", "retrieve_kernel"}
+                    launches.append((only, options | {"training": True}))
             for only, options in launches:
                 with compiling(arch, only) as reports:
                     launch(size, arch, **options)

@@ -55,7 +55,7 @@ def test_ceilings_are_recorded():
         f"{kernel}, block 64, {arch}"
         for arch in ("sm_90", "sm_100")
         for kernel in (
-            *("coefficients", "scan, D 64, chunk 64"),
+            "scan, D 64, chunk 64",
             *(f"{kernel}, D {D}" for kernel in ("scan", "retrieve") for D in (64, 128)),
         )
     }
@@ -105,7 +105,7 @@ def _report(**changes):
         ({"stack": 264, "arch": "sm_80", "tensor_core": {"HMMA": 256}}, "at most 256"),
         ({"stack": 8, "kernel": "scan_backward_kernel"}, "8 bytes of stack, at most 0"),
         ({"stack": 17, "constants": {**CONSTANTS, "CHUNK": "64"}}, "at most 16"),
-        ({"stack": 17, "constants": {**CONSTANTS, "BT": "128"}}, "at most 16"),
+        ({"stack": 33, "constants": {**CONSTANTS, "BT": "128"}}, "at most 32"),
         ({"shared": 126_977}, "126,977 bytes of shared memory, recorded 126,976"),
         ({"shared": 232_449}, "232,449 bytes of shared memory, at most 232,448"),
         ({"traps": 1}, "1 traps, at most 0"),

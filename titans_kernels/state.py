@@ -16,8 +16,9 @@ class MemoryState:
 
     `weights` and `momentum` stand at the last whole chunk. The tokens since then, the open chunk,
     are kept beside them, so that a sequence may be cut anywhere and goes on exactly as if it had
-    not been. A pytree: `torch.utils._pytree.tree_map` reaches every tensor; `torch.load` takes it
-    with `weights_only=True`.
+    not been. States may share tensors: make new ones, do not write into them. A pytree:
+    `torch.utils._pytree.tree_map` reaches every tensor; `torch.load` takes it with
+    `weights_only=True`.
 
     Args:
         weights (tuple[Tensor, ...]): per memory layer [N, H, d_in, d_out], float32 (float64 for

@@ -138,7 +138,7 @@ _FORWARD: dict[str, tuple[tuple[int, int, Tile], ...]] = {
     "sm_90": (
         # 221 (3.6: 255), 254; chunks of 64: 233
         (64, 64, Tile(128, 64, 64, 64, scan=_8, retrieve=_8)),
-        # 231 (3.6: 255 and 16), 254; chunks of 32: 245
+        # 231 (3.6: 255 and 32), 254; chunks of 32: 245
         (128, 32, Tile(128, 64, 32, 64, scan=_8, retrieve=_8)),
     ),
     "sm_100": (

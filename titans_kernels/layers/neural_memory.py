@@ -78,7 +78,9 @@ class NeuralMemory(nn.Module):
     Depth 1 to 4, heads of 16 to 128, expansion 1 to 8, x of a tenth and of ten times the size and
     the smooth activations stay below 2.5; "relu", whose derivative jumps, reached 26 in one seed of
     three. float32 is no different, and 65,536 tokens end at 1.9 and 0.95. bfloat16 is off by 0.5%
-    from the first tokens to the last.
+    from the first tokens to the last. max_learning_rate 0.3, with which small models learn to
+    recall sooner, is as stable in the first row, and less so elsewhere: in chunks of 64 a LayerNorm
+    weight of 1 reaches 300, and without a LayerNorm the memory diverges.
 
     Example:
         >>> import torch
