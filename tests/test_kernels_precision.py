@@ -70,22 +70,22 @@ def _kernels(inputs, **options):
     return flat({"o": o.cpu(), "state": _to(state, "cpu")})
 
 
-def _trained(op, inputs, **options):
+def _trained(op, inputs, backward=True, **options):
     """o, the state's matrices and the gradients of all inputs, by name, on the CPU."""
     o, state = op(**inputs, **options)
-    values = flat({"o": o, "weights'": state.weights, "momentum'": state.momentum})
-    found = gradients(values, flat(inputs))
-    named = values | {f"d{name}": x for name, x in found.items()}
+    named = flat({"o": o, "weights'": state.weights, "momentum'": state.momentum})
+    if backward:
+        named |= {f"d{name}": x for name, x in gradients(named, flat(inputs)).items()}
     return {name: x.detach().cpu() for name, x in named.items()}
 
 
-def _trained_kernels(inputs, **options):
+def _trained_kernels(inputs, backward=True, **options):
     def leaf(x):
-        return x.detach().to(DEVICE).requires_grad_() if torch.is_tensor(x) else x
+        return x.detach().to(DEVICE).requires_grad_(backward) if torch.is_tensor(x) else x
 
     with _poisoned():
         options |= {"backend": "triton", "output_final_state": True}
-        return _trained(neural_memory, pytree.tree_map(leaf, inputs), **options)
+        return _trained(neural_memory, pytree.tree_map(leaf, inputs), backward, **options)
 
 
 def _read(inputs):
@@ -140,7 +140,10 @@ LARGE = {
     for D in (16, 48, 64, 128, 256)
     for chunk, depth in ((16, 2), (100, 2), (16, 1))
 }
-ALL = {name: SMALL | {"chunk": 16, "depth": 2} | row for name, row in (ROWS | LARGE).items()}
+ALONE = {"blocks of 128": {"tile": (128, 32, 64), "T": 300}}
+ALL = {
+    name: SMALL | {"chunk": 16, "depth": 2} | row for name, row in (ROWS | LARGE | ALONE).items()
+}
 
 
 def _pool(runs):
@@ -151,33 +154,46 @@ def _pool(runs):
     }
 
 
-def _pooled(dtype, name):
+def _pooled(dtype, name, backward=True):
     """Of several seeds, by tensor: what kernels, definition and yardstick give."""
     row = dict(ALL[name])
     sizes, chunk, runs = row.pop("tile"), row.pop("chunk"), []
     arch = architecture(torch.device(DEVICE))
-    size = Tile(*sizes) if sizes else tile(row["D"], row["hidden"], dtype, arch, chunk)
+    size = tile(row["D"], row["hidden"], dtype, arch, chunk, backward)
+    size = Tile(*sizes) if sizes else size
     block = min(chunk, Blocks.of(chunk, size).tokens)
     for seed in range(6):
         inputs, exact = rounded_inputs(dtype, seed=seed, B=1, H=2, **row)
         with _with(sizes):
-            got = _trained_kernels(inputs, chunk_size=chunk)
+            got = _trained_kernels(inputs, backward, chunk_size=chunk)
         definition = partial(reference.neural_memory, output_final_state=True)
-        want = _trained(definition, exact, chunk_size=chunk)
-        yard = _trained(rounded, exact, dtype=dtype, chunk_size=chunk, block=block)
+        want = _trained(definition, exact, backward, chunk_size=chunk)
+        yard = _trained(rounded, exact, backward, dtype=dtype, chunk_size=chunk, block=block)
         runs.append((got, want, yard))
-    assert runs[0][0]["o"].dtype == runs[0][0]["dk"].dtype == dtype
-    assert runs[0][0]["weights'[0]"].dtype == runs[0][0]["dalpha"].dtype == torch.float32
+    got = runs[0][0]
+    assert got["o"].dtype == dtype and got["weights'[0]"].dtype == torch.float32
+    if backward:
+        assert got["dk"].dtype == dtype and got["dalpha"].dtype == torch.float32
     return _pool(runs)
 
 
-NAMES = [pytest.param(x, marks=[pytest.mark.gpu] if x in LARGE else []) for x in ALL]
+NAMES = [pytest.param(x, marks=[pytest.mark.gpu] if x in LARGE else []) for x in ROWS | LARGE]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 def test_half_precision_by_the_yardstick(name, dtype):
     pooled = _pooled(dtype, name)
+    for tensor, values in pooled.items():
+        assert_within_yardstick(tensor, *values)
+
+
+@pytest.mark.parametrize("name", [*NAMES[1:2], "blocks of 128", *NAMES[len(ROWS) :]])
+@pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+def test_without_gradients_by_the_yardstick(name, dtype):
+    """Where no backward pass follows, the tile may be another."""
+    pooled = _pooled(dtype, name, backward=False)
+    assert "o" in pooled and "do" not in pooled
     for tensor, values in pooled.items():
         assert_within_yardstick(tensor, *values)
 
@@ -274,8 +290,14 @@ def test_runs_agree_to_the_bit(D, chunk, runs, dtype):
     """With the tile that ships; what races would differ, where programs run side by side."""
     T = 40 if runs < 10 else 500
     inputs, _ = rounded_inputs(dtype, B=2, T=T, H=2, D=D, hidden=2 * D, depth=2)
-    first = _trained_kernels(inputs, chunk_size=chunk) | {"read": _read(inputs)}
+
+    def run():
+        trained, alone = (_trained_kernels(inputs, x, chunk_size=chunk) for x in (True, False))
+        alone = {f"{name} alone": x for name, x in alone.items()}
+        return trained | alone | {"read": _read(inputs)}
+
+    first = run()
     assert all(x.isfinite().all() for x in first.values())
     for _ in range(runs - 1):
-        again = _trained_kernels(inputs, chunk_size=chunk) | {"read": _read(inputs)}
+        again = run()
         assert all(torch.equal(again[name], x) for name, x in first.items())
