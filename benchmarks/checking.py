@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from unittest import mock
 
@@ -80,13 +81,18 @@ def _tuple(x: Any) -> tuple[Tensor, ...]:
 
 def error(setting: Setting, tile: Tile | None = None) -> float:
     """The largest relative error of the kernels with this tile; infinite where there is a NaN."""
-    wanted = results(setting, setting.inputs(torch.float64, "cpu"), "torch")
+    wanted = _wanted(setting)
     with poisoned(), using(tile) if tile else nullcontext():
         found = results(setting, setting.inputs(), "triton")
     errors = [
         float((a.double().cpu() - e).norm() / e.norm()) for a, e in zip(found, wanted, strict=True)
     ]
     return max(x if x == x else float("inf") for x in errors)
+
+
+@lru_cache(maxsize=1)  # of the setting that is being tuned
+def _wanted(setting: Setting) -> list[Tensor]:
+    return results(setting, setting.inputs(torch.float64, "cpu"), "torch")
 
 
 def bound(setting: Setting) -> float:

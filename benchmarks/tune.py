@@ -3,8 +3,9 @@
 Goes down from the tile that ships, without gradients and with: one field after another takes its
 other values, and the fastest tile so far goes on. Every tile is first checked, on poisoned memory,
 against the PyTorch backend in float64; one that does not compile, does not fit or is wrong is
-written down as such and left. What was measured stands in a file, a line each, and is not measured
-again: stop it and start it anew.
+written down as such and left. The values of a field are compiled side by side before they are
+timed. What was measured stands in a file, a line each, and is not measured again: stop it and start
+it anew.
 
     python -m benchmarks.tune --head-dim 64 128 --chunk 16 --out tune.jsonl
     python -m benchmarks.tune --head-dim 64 128 --chunk 16 --out tune.jsonl --write
@@ -17,10 +18,13 @@ from __future__ import annotations
 import argparse
 import ast
 import datetime
+import multiprocessing
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -75,27 +79,22 @@ NAMES = {value: name for name, value in vars(tiles).items() if isinstance(value,
 
 def descend(
     start: Tile, steps: Sequence[Sequence[Change]] = FORWARD
-) -> Generator[Tile, float | None, tuple[Tile, float | None]]:
-    """Yields tiles, is sent their time or None for one that is no good; returns the fastest."""
-    best, least = start, (yield start)
+) -> Generator[list[Tile], list[float | None], tuple[Tile, float | None]]:
+    """Yields tiles, is sent their times, None for one that is no good; returns the fastest."""
+    best, [least] = start, (yield [start])
     for changes in steps:
-        middle = best
-        for change in changes:
-            candidate = replace(middle, **change)
-            if candidate == middle:
-                continue
-            took = yield candidate
+        candidates = dict.fromkeys(replace(best, **change) for change in changes)
+        others = [tile for tile in candidates if tile != best]
+        for tile, took in zip(others, (yield others) if others else (), strict=True):
             if took is not None and (least is None or took < least):
-                best, least = candidate, took
+                best, least = tile, took
     return best, least
 
 
 def measure(setting: Setting, tile: Tile) -> dict[str, Any]:
     """{"ms", "error"}, or {"problem"}, of one tile."""
     try:
-        shape = setting.shape
-        few = replace(shape, T=min(shape.T, 300), H=min(shape.H, 2))
-        found = error(replace(setting, shape=few), tile)
+        found = error(_fewer(setting), tile)
         if not found <= bound(setting):
             return {"problem": f"wrong: relative error {found:.1e}", "error": found}
         inputs = setting.inputs()
@@ -103,6 +102,26 @@ def measure(setting: Setting, tile: Tile) -> dict[str, Any]:
             return {"ms": _milliseconds(setting, inputs), "error": found}
     except Exception as failure:  # whatever a compiler or a launch says of a tile that does not fit
         return {"problem": in_short(failure)}
+
+
+def _fewer(setting: Setting) -> Setting:
+    """Of one sequence, no longer than it takes to launch the same kernels."""
+    return replace(setting, shape=replace(setting.shape, B=1, T=min(setting.shape.T, 2100)))
+
+
+def compile_ahead(setting: Setting, candidates: Sequence[Tile]) -> dict[str, Any]:
+    """Put into Triton's cache what measuring will launch, in processes side by side."""
+    jobs = min(len(candidates), os.cpu_count() or 1, 8)
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(jobs, context) as pool:
+        runs = [pool.submit(_launch, setting, tile) for tile in candidates]
+    return {"problems": [in_short(x) for x in (run.exception() for run in runs) if x]}
+
+
+def _launch(setting: Setting, tile: Tile) -> None:
+    setting = _fewer(setting)
+    with using(tile):
+        results(setting, setting.inputs(), "triton")
 
 
 def _milliseconds(setting: Setting, inputs: Any) -> float:
@@ -130,23 +149,27 @@ def _gradients(setting: Setting) -> str:
 
 def walk(
     setting: Setting, journal: Journal, steps: Sequence[Sequence[Change]] | None = None
-) -> Iterator[tuple[str, Tile]]:
-    """What is still to be measured; the one who asks records it before the next."""
+) -> Iterator[list[tuple[str, Tile]]]:
+    """What is still to be measured, by name, as far as it is known; the one who asks records it."""
     s = setting.shape
     arch = architecture(torch.device(setting.device))
     dtype = getattr(torch, setting.dtype)
     start = tiles.tile(s.D, s.hidden, dtype, arch, s.chunk, setting.backward)
-    steps = steps or (TRAINING if setting.backward else FORWARD)
-    down = descend(start, steps)
+    down = descend(start, steps or (TRAINING if setting.backward else FORWARD))
     try:
-        tile = next(down)
+        candidates = next(down)
         while True:
-            name = key(setting, tile)
-            if "begun" in (journal.get("tune", name) or {"begun": 0}):
-                yield name, tile
-            row = journal.get("tune", name)
-            assert row is not None, "the last one was not recorded"
-            tile = down.send(row.get("ms"))
+            names = [key(setting, tile) for tile in candidates]
+            left = [
+                (name, tile)
+                for name, tile in zip(names, candidates, strict=True)
+                if "begun" in (journal.get("tune", name) or {"begun": 0})
+            ]
+            if left:
+                yield left
+            rows = [journal.get("tune", name) for name in names]
+            assert None not in rows, "what was asked for was not recorded"
+            candidates = down.send([row.get("ms") for row in rows if row])
     except StopIteration as end:
         best, least = end.value
         found = {"ms": least, "head_dim": s.D, "chunk": s.chunk, "arch": arch}
@@ -245,12 +268,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for D, chunk, backward in product(options.head_dim, options.chunk, (False, True)):
         shape = Shape(options.length, chunk, options.batch, options.heads, D)
         setting = Setting(shape, options.dtype, options.device, backward=backward)
-        for name, tile in walk(setting, journal):
-            journal.add("tune", name, measure(setting, tile))
-            print(f"{name}  {journal.get('tune', name)}", flush=True)
-            if not alive(options.device):
-                print("the GPU does not answer after this one: start again to go on")
-                return 3
+        for left in walk(setting, journal):
+            if options.device == "cuda":
+                compile_ahead(setting, [tile for _, tile in left])
+            for name, tile in left:
+                journal.add("tune", name, measure(setting, tile))
+                print(f"{name}  {journal.get('tune', name)}", flush=True)
+                if not alive(options.device):
+                    print("the GPU does not answer after this one: start again to go on")
+                    return 3
     if options.write:
         if options.device == "cpu":
             parser.error("--write: a table of times from the interpreter says nothing")

@@ -24,9 +24,10 @@ FEW = (tune.one("block", 16, 32), tune.one("queries", 16))
 def _all(journal):
     """Measure whatever is left; the tiles that were."""
     seen = []
-    for name, tile in tune.walk(TINY, journal, FEW):
-        seen.append(tile)
-        journal.add("tune", name, tune.measure(TINY, tile))
+    for left in tune.walk(TINY, journal, FEW):
+        for name, tile in left:
+            seen.append(tile)
+            journal.add("tune", name, tune.measure(TINY, tile))
     return seen
 
 
@@ -50,7 +51,7 @@ def test_gradients_are_tuned_by_themselves(tmp_path):
     journal = Journal(tmp_path / "tune.jsonl")
     _all(journal)
     setting = replace(TINY, backward=True)
-    name, tile = next(tune.walk(setting, journal))
+    [(name, tile)] = next(tune.walk(setting, journal))
     assert tile == Tile() and "gradients" in name
     assert tune.measure(setting, tile)["error"] < 1e-4
 
@@ -58,13 +59,25 @@ def test_gradients_are_tuned_by_themselves(tmp_path):
 def test_takes_the_fastest_of_what_is_right():
     times = {16: 3.0, 32: None, 64: 2.0, 128: 2.5}  # tokens to a block; None: wrong
     scan = tune.one("scan", Schedule(8))
-    steps = tune.descend(Tile(64, 64, 16), (tune.one("block", 16, 32, 128), scan))
-    tile = next(steps)
+    steps = tune.descend(Tile(64, 64, 16), (tune.one("block", 16, 32, 64, 128), scan))
+    tiles, groups = next(steps), []
     with pytest.raises(StopIteration) as end:
         while True:
-            took = times[tile.block]
-            tile = steps.send(took and took - 0.1 * (tile.scan.warps == 8))
+            groups.append([tile.block for tile in tiles])
+            took = [(times[tile.block], tile.scan.warps) for tile in tiles]
+            tiles = steps.send([t and t - 0.1 * (warps == 8) for t, warps in took])
     assert end.value.value == (Tile(64, 64, 16, scan=Schedule(8)), 1.9)
+    assert groups == [[64], [16, 32, 128], [64]]
+
+
+def test_compiles_ahead_and_says_what_does_not():
+    """In other processes, each with the tile that it is given."""
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    with mock.patch.dict("os.environ", environment), mock.patch("os.cpu_count", return_value=1):
+        odd = replace(TINY, shape=replace(TINY.shape, D=24))
+        assert tune.compile_ahead(TINY, [Tile(16, 16)]) == {"problems": []}
+        [problem] = tune.compile_ahead(odd, [Tile(16, 16)])["problems"]
+        assert problem.startswith("NotImplementedError: backend")
 
 
 def test_a_tile_that_does_not_fit_is_written_down():

@@ -112,8 +112,11 @@ def tiles(kit: Kit) -> Steps:
     for setting, backward in product(settings, (False,) if kit.rehearse else (False, True)):
         setting = replace(setting, backward=backward)
         steps = (tune.one("block", 16),) if kit.rehearse else None
-        for name, tile in tune.walk(setting, kit.journal, steps):
-            yield Step(name, partial(tune.measure, setting, tile), 5 if kit.rehearse else 25)
+        for left in tune.walk(setting, kit.journal, steps):
+            ahead = partial(tune.compile_ahead, setting, [tile for _, tile in left])
+            yield Step(f"compile {left[0][0]} and so on", ahead, 5 if kit.rehearse else 45)
+            for name, tile in left:
+                yield Step(name, partial(tune.measure, setting, tile), 5 if kit.rehearse else 20)
 
 
 # ------------------------------------------------------------------------------------------- tools
