@@ -19,10 +19,13 @@ e, y, and W and S unrounded: 4 D + 8 hidden + 16 D hidden / N; retrieve not its 
 products and what of the last is W's and S's, and, rounded, h: 10 D + 6 hidden; coefficients p and
 P: 4 N + 4. Then
 
-    retrieve_backward     4 D hidden + N (6 D + 8 hidden) FLOP
-                          q, k, do: 6 D; D_2, y and its parts and gradient, dD_2: 24 D; h, X:
-                          4 hidden; z and its gradient, dX_2, dD_1: 16 hidden; G, dG, a, c, da, dc:
-                          8 N + 16; the LayerNorm's gradient: 8 D / N; W_2, S_2: 4 D hidden / N
+    retrieve_backward     4 D hidden + N (4 D + 6 hidden) FLOP
+                          do: 2 D; D_2, y and its parts and gradient, dD_2: 24 D; h, X: 4 hidden;
+                          z and its gradient, dX_2: 12 hidden; G, dG, a, c, da, dc: 8 N + 16; the
+                          LayerNorm's gradient: 8 D / N; W_2, S_2: 4 D hidden / N
+    inputs_backward q     4 D hidden + N (6 D + 4 hidden) FLOP
+                          q, k, do, dq: 8 D; dX_1: 4 D; D_1, dz, dD_1: 12 hidden; a, c, G, and
+                          da, dc, dG read and written: 12 N + 24; W_1, S_1: 4 D hidden / N
     scan_backward         44 D hidden + 12 N (D + hidden) FLOP: 16 of the 44 from the gradient of
                           the state to inputs and errors, 8 for chunks, 20 for that gradient
                           q, k, v, dv: 8 D; D_2, y, dX_1, dD_2 and queries' gradient: 28 D; X, h,
@@ -31,14 +34,13 @@ P: 4 N + 4. Then
                           chunks: (12 N + 16) / C; W and S unrounded, those of the last layer
                           rounded: 20 D hidden / N; their gradients, read and written:
                           32 D hidden / N
-    inputs_backward q     4 D hidden + N (6 D + 2 hidden) FLOP
-                          q, k, do, dq: 8 D; dX_1 read and written: 8 D; D_1, dz: 8 hidden; a, c,
-                          G, and da, dc, dG read and written: 12 N + 24; W_1, S_1: 4 D hidden / N
-    inputs_backward k     the same FLOP; neither q nor do; rows of a, c, G at chunks
+    inputs_backward k     4 D hidden + N (6 D + 2 hidden) FLOP
+                          k, dk: 4 D; dX_1 read and written: 8 D; D_1, dz: 8 hidden; da, dc, dG:
+                          4 N + 8; rows of a, c, G at chunks; W_1, S_1: 4 D hidden / N
     coefficients_backward gates and their gradients: 10; a, c, p, da, dc of queries and of keys, the
                           gradient at the end: 36; G, P, dG of both: 16 N
 
-which is 56 D hidden, twice forward's 28, and N (30 D + 24 hidden) FLOP, forward computed again not
+which is 56 D hidden, twice forward's 28, and N (28 D + 24 hidden) FLOP, forward computed again not
 among them. Products of N by N and N by C tokens are whole here, as they are done: of those with
 history, half is masked.
 
@@ -77,8 +79,8 @@ FORWARD_PASSES = ("coefficients", "scan", "retrieve")
 BACKWARD_PASSES = (
     *(f"{name}+" for name in FORWARD_PASSES),
     "retrieve_backward",
-    "scan_backward",
     "inputs_backward q",
+    "scan_backward",
     "inputs_backward k",
     "coefficients_backward",
 )
@@ -109,7 +111,6 @@ def cost(name: str, D: int, hidden: int, block: int, chunk: int, T: int) -> Cost
             "coefficients": 4 * block + 4,
         }
         return Cost(once.flop, once.bytes + more[name[:-1]])
-    readers = 4 * matrix + block * (6 * D + 2 * hidden)  # FLOP of inputs_backward
     return {
         "scan": Cost(
             20 * matrix + 6 * block * wide,
@@ -122,16 +123,19 @@ def cost(name: str, D: int, hidden: int, block: int, chunk: int, T: int) -> Cost
         "recall": Cost(4 * matrix, 4 * D + 4 * matrix / T),
         "coefficients": Cost(0, 6 + 4 * block + 16),
         "retrieve_backward": Cost(
-            4 * matrix + block * (6 * D + 8 * hidden),
-            30 * D + 20 * hidden + 8 * block + 16 + 8 * D / block + 4 * states,
+            4 * matrix + block * (4 * D + 6 * hidden),
+            26 * D + 16 * hidden + 8 * block + 16 + 8 * D / block + 4 * states,
         ),
         "scan_backward": Cost(
             44 * matrix + 12 * block * wide,
             36 * D + 38 * hidden + 24 + (12 * block + 16) / chunk + 52 * states,
         ),
-        "inputs_backward q": Cost(readers, 16 * D + 8 * hidden + 12 * block + 24 + 4 * states),
+        "inputs_backward q": Cost(
+            4 * matrix + block * (6 * D + 4 * hidden),
+            12 * D + 12 * hidden + 12 * block + 24 + 4 * states,
+        ),
         "inputs_backward k": Cost(
-            readers,
+            4 * matrix + block * (6 * D + 2 * hidden),
             12 * D + 8 * hidden + 4 * block + 8 + (4 * block + 8) / chunk + 4 * states,
         ),
         "coefficients_backward": Cost(0, 10 + 36 + 16 * block),

@@ -68,7 +68,7 @@ FORWARD = (
     schedules("retrieve"),
 )
 TRAINING = (
-    blocks(32, 64),
+    blocks(32, 64, 128),
     one("slice", 32, 64),
     one("rows", 32, 64),
     schedules("recall"),

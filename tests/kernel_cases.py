@@ -159,6 +159,7 @@ def _shapes():
     yield Case("tile 16x64", 33, 16, hidden=128, tile=(16, 64))
     yield Case("tile 64x16", 70, 16, hidden=48, tile=(64, 16))
     yield Case("tile 128x16", 150, 16, depth=1, tile=(128, 16))
+    yield Case("tile 128x64", 150, 16, D=48, hidden=64, tile=(128, 64, 32), past=(9,))
 
 
 def _gates():

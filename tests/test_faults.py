@@ -142,8 +142,8 @@ FAULTS = {
     "barrier removed": (
         Source(
             retrieve_backward_kernel,
-            "    tl.debug_barrier()\n\n    # [BT, BT] tiles",
-            "    # [BT, BT] tiles",
+            "        tl.debug_barrier()\n        # [BT, BT] tiles",
+            "        # [BT, BT] tiles",
         ),
         WHOLE,
         r"\[barrier\].* p_gy",

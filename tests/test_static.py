@@ -51,14 +51,8 @@ def test_ceilings_are_recorded():
             *(f"scan, D {D}, chunk 64" for D in static.HEAD_DIMS),
         )
     }
-    wanted |= {  # where training takes a tile of its own
-        f"{kernel}, block 64, {arch}"
-        for arch in ("sm_90", "sm_100")
-        for kernel in (
-            "scan, D 64, chunk 64",
-            *(f"{kernel}, D {D}" for kernel in ("scan", "retrieve") for D in (64, 128)),
-        )
-    }
+    # where training takes a tile of its own
+    wanted |= {f"scan, D 64, chunk 64, block 64, {arch}" for arch in ("sm_90", "sm_100")}
     for version in ("3.6", "3.9"):
         assert wanted == static.recorded()[version].keys()
 
@@ -66,7 +60,7 @@ def test_ceilings_are_recorded():
 # -------------------------------------------------------------------------------- the check itself
 
 
-CONSTANTS = {"D": "64", "BD": "64", "BT": "64", "BH": "64", "BQ": "64"}  # retrieve in training
+CONSTANTS = {"D": "64", "BD": "64", "BT": "64", "BH": "64", "BQ": "64"}  # of retrieve
 
 
 def _report(**changes):
@@ -105,7 +99,7 @@ def _report(**changes):
         ({"stack": 264, "arch": "sm_80", "tensor_core": {"HMMA": 256}}, "at most 256"),
         ({"stack": 8, "kernel": "scan_backward_kernel"}, "8 bytes of stack, at most 0"),
         ({"stack": 17, "constants": {**CONSTANTS, "CHUNK": "64"}}, "at most 16"),
-        ({"stack": 33, "constants": {**CONSTANTS, "BT": "128"}}, "at most 32"),
+        ({"stack": 41, "constants": {**CONSTANTS, "BT": "128"}}, "at most 40"),
         ({"shared": 126_977}, "126,977 bytes of shared memory, recorded 126,976"),
         ({"shared": 232_449}, "232,449 bytes of shared memory, at most 232,448"),
         ({"traps": 1}, "1 traps, at most 0"),
@@ -130,16 +124,18 @@ def test_check(changes, problem):
     [
         ("scan", 6 * 128 + 7 * 64 + 3 * 64),
         ("retrieve", 3 * 128 + 2 * 64 + 3 * 64),
-        ("retrieve_backward", 4 * 64 + 4 * 64 + 64),
+        ("retrieve_backward", 3 * 64 + 3 * 64 + 64),
+        ("inputs_backward q", 64 + 3 * 64 + 3 * 64),
         ("scan_backward", 10 * 64 + 4 * 32 + 15 * 64 + 5 * 64),
-        ("inputs_backward", 64 + 2 * 64 + 3 * 64),
+        ("inputs_backward k", 64 + 2 * 64 + 3 * 64),
         ("coefficients_backward", 0),
     ],
 )
 def test_products_and_costs_are_known(kernel, products):
     """Of what backward launches too: what products sum over at least, by 16 elements at a time."""
     sizes = {"D": "128", "BD": "128", "BR": "64", "BT": "64", "BH": "64", "CHUNK": "16"}
-    reader = {"KEYS": "True"} if kernel == "inputs_backward" else {}
+    kernel, *reader = kernel.split()
+    reader = {"KEYS": str(reader == ["k"])} if reader else {}
     keeps = {"KEEP": "True"} if kernel in ("scan", "retrieve") else {}
     report = _report(kernel=f"{kernel}_kernel", constants=sizes | reader | keeps)
     assert static.name(report) in static.KERNELS
@@ -170,9 +166,11 @@ def test_every_size_has_a_tile(arch, dtype):
 
 
 def test_training_may_take_another_tile():
-    """Larger blocks hold more than the passes backwards can; float32 is not made for speed."""
+    """Long chunks in large blocks are more than the passes backwards can hold; float32 is not made
+    for speed."""
     for arch, other in (("sm_80", False), ("sm_90", True), ("sm_100", True), ("cpu", False)):
-        alone, training = (tile(64, 256, torch.bfloat16, arch, backward=x) for x in (False, True))
+        sizes = (64, 256, torch.bfloat16, arch, 64)
+        alone, training = (tile(*sizes, backward=x) for x in (False, True))
         assert (alone.block > training.block) == other
         assert tile(64, 256, torch.float32, arch, backward=False).block == 32 or arch == "cpu"
 

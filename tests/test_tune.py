@@ -153,7 +153,7 @@ def test_one_row_is_rewritten(size):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_a_size_gets_a_row_of_its_own_without_gradients(arch):
-    """Where training's tile served so far; nothing else has another after it."""
+    """Where training's tile served so far; no larger size has another after it."""
     text = SOURCE
     for D, chunk in ((128, 64), (256, 16)):
         before = _table(text)
@@ -162,8 +162,6 @@ def test_a_size_gets_a_row_of_its_own_without_gradients(arch):
         assert after(D, arch, chunk, False) == repr(OTHER)
         differ = {x for x in SIZES if before(*x) != after(*x)}
         assert all(x[0] <= D and x[1] == arch and x[2] <= chunk and not x[3] for x in differ)
-        if arch == "sm_90":
-            assert differ == {(D, arch, chunk, False)}
     assert text.count("# 1.234 ms, a GPU") == 2
 
 

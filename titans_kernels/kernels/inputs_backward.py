@@ -3,18 +3,20 @@
 A token that read with `(a, c, G)` and whose first product has the gradient g (`dz` there) gives
 
     dh = a (g W^T) + c (g S^T) - (G * (g D^T)) X          da = <h, g W^T>     dc = <h, g S^T>
-    dX_i -= G_i (g . D_i) h                               dG_i = -(h . X_i) (g . D_i)
+    dX_i -= G_i (g . D_i) h         dD_i -= G_i (h . X_i) g         dG_i = -(h . X_i) (g . D_i)
 
 where X are the keys themselves. Queries read with the row right after their token, keys with that
-of the chunk before; so queries come first, and what they give X is there when keys are done.
+of the chunk before. Queries come before `scan_backward`, which goes on from what they give X and D
+and finds what D has from keys; keys come after it, and what X has is theirs.
 
-Grid: (slots, heads), everything parallel. The last pass but for the gates.
+Grid: (slots, heads), everything parallel.
 """
 
 import triton
 import triton.language as tl
 
 from .blocks import block_of
+from .retrieve_backward import errors_backward
 
 
 @triton.jit(do_not_specialize=["group"])
@@ -31,7 +33,8 @@ def inputs_backward_kernel(
     p_g,  # [slots, H, BT, HIDDEN]
     p_do,  # [Mq, H, D]
     p_dh,  # out, as p_h
-    p_dx1,  # in and out [slots, H, BT, D], dk but for what goes through the first layer
+    p_dd1,  # or, with queries, out [slots, H, BT, HIDDEN], and
+    p_dx1,  # out [slots, H, BT, D]; with KEYS in and out, dk but for what they read
     p_da,  # out [slots, H, L, BT], with SHARED added to; with KEYS [slots, H, BT]
     p_dc,
     p_dG,  # out [slots, H, L, BT, BT], likewise; with KEYS [slots, H, BT, BT]
@@ -40,6 +43,7 @@ def inputs_backward_kernel(
     p_ask,  # [N]
     group,
     hidden,
+    width,  # D
     BLOCKS: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -90,6 +94,7 @@ def inputs_backward_kernel(
     p_do += (at * H + i_h) * D
     p_k += (first * H + i_h) * D
     p_d1 += i_b * BT * HIDDEN
+    p_dd1 += i_b * BT * HIDDEN
     p_g += i_b * BT * HIDDEN
     p_dx1 += i_b * BT * D
     p_da += i_da
@@ -112,15 +117,38 @@ def inputs_backward_kernel(
         ).to(OP)
         b_gD = tl.dot(b_d, b_g, b_gD, input_precision=PRECISION, out_dtype=ACC)
     # keys by tokens, [BT, BT]
-    b_G = tl.load(p_G + i_a * BT + o_row[None, :] * BT + o_t[:, None], mask=m_G, other=0.0)
-    b_w = (-b_G * b_gD).to(OP)
+    b_hX = tl.zeros([BT, BT], ACC)
+    for i in tl.range(0, width, BR, num_stages=1, disable_licm=True):
+        o_r = i + tl.arange(0, BR)
+        m_r = o_r < D
+        b_k = tl.load(  # [BT, BR]
+            p_k + o_t[:, None] * (H * D) + o_r[None, :],
+            mask=m_t[:, None] & m_r[None, :],
+            other=0.0,
+        )
+        b_h = tl.load(  # [BR, BT]
+            p_h + o_t[None, :] * (H * D) + o_r[:, None],
+            mask=m_h[None, :] & m_r[:, None],
+            other=0.0,
+        )
+        b_hX = tl.dot(b_k, b_h, b_hX, input_precision=PRECISION, out_dtype=ACC)
+    b_dG = -b_hX * b_gD
+    o_G = o_t[None, :] * BT + o_t[:, None]
+    if SHARED:
+        b_dG += tl.load(p_dG + o_G, mask=m_G, other=0.0)
+        tl.debug_barrier()
+    tl.store(p_dG + o_G, b_dG, mask=m_G)
+    b_G = -tl.load(p_G + i_a * BT + o_row[None, :] * BT + o_t[:, None], mask=m_G, other=0.0)
+    if not KEYS:
+        b_wX = (b_G * b_hX).to(OP)
+        errors_backward(b_wX, p_g, p_dd1, m_t, hidden, HIDDEN, BT, BH, PRECISION)
+    b_w = (b_G * b_gD).to(OP)
     b_a = tl.load(p_a + i_a + o_row, mask=o_row >= 0, other=1.0)
     b_c = tl.load(p_c + i_a + o_row, mask=o_row >= 0, other=0.0)
 
-    b_hX = tl.zeros([BT, BT], ACC)
     b_da = tl.zeros([BT], ACC)
     b_dc = tl.zeros([BT], ACC)
-    for i in tl.range(0, D, BR, num_stages=1, disable_licm=True):
+    for i in tl.range(0, width, BR, num_stages=1, disable_licm=True):
         o_r = i + tl.arange(0, BR)
         m_r = o_r < D
         b_gW = tl.zeros([BR, BT], ACC)
@@ -142,17 +170,16 @@ def inputs_backward_kernel(
         b_h = tl.load(p_h + ot, mask=m_h[None, :] & m_r[:, None], other=0.0)  # [BR, BT]
         b_da += tl.sum(b_h.to(ACC) * b_gW, 0)
         b_dc += tl.sum(b_h.to(ACC) * b_gS, 0)
-        b_k = tl.load(p_k + o, mask=m_t[:, None] & m_r[None, :], other=0.0)  # [BT, BR]
-        b_hX = tl.dot(b_k, b_h, b_hX, input_precision=PRECISION, out_dtype=ACC)
 
         b_h = tl.load(p_h + o, mask=m_h[:, None] & m_r[None, :], other=0.0)  # [BT, BR]
         b_dx = tl.dot(b_w, b_h, input_precision=PRECISION, out_dtype=ACC)
         o_x, m_x = o_t[:, None] * D + o_r[None, :], m_t[:, None] & m_r[None, :]
-        b_dx += tl.load(p_dx1 + o_x, mask=m_x, other=0.0)
+        if KEYS:
+            b_dx += tl.load(p_dx1 + o_x, mask=m_x, other=0.0)
         tl.store(p_dx1 + o_x, b_dx, mask=m_x)
         tl.debug_barrier()
-        m_x = m_t[None, :] & m_r[:, None]
 
+        m_x = m_t[None, :] & m_r[:, None]
         b_dh = b_a[None, :] * b_gW + b_c[None, :] * b_gS
         b_k = tl.load(p_k + ot, mask=m_t[None, :] & m_r[:, None], other=0.0)  # [BR, BT]
         b_dh = tl.dot(b_k, b_w, b_dh, input_precision=PRECISION, out_dtype=ACC)
@@ -162,14 +189,10 @@ def inputs_backward_kernel(
             b_dh += tl.load(p_do + ot, mask=m_h[None, :] & m_r[:, None], other=0.0).to(ACC)
         tl.store(p_dh + ot, b_dh.to(p_dh.dtype.element_ty), mask=m_h[None, :] & m_r[:, None])
 
-    b_dG = -b_hX * b_gD
-    o_G = o_t[None, :] * BT + o_t[:, None]
     if SHARED:
         b_da += tl.load(p_da + o_t, mask=m_t, other=0.0)
         b_dc += tl.load(p_dc + o_t, mask=m_t, other=0.0)
-        b_dG += tl.load(p_dG + o_G, mask=m_G, other=0.0)
         tl.debug_barrier()
     if not LAST:
         tl.store(p_da + o_t, b_da, mask=m_t)
         tl.store(p_dc + o_t, b_dc, mask=m_t)
-    tl.store(p_dG + o_G, b_dG, mask=m_G)

@@ -71,11 +71,12 @@ def allocate(scratch: Scratch) -> GroupGrad:
 def _sizes(tokens: Tokens, scratch: Scratch, problem: Problem) -> dict[str, object]:
     hidden = scratch.weights[0].shape[-1]
     sizes = problem.sizes(tokens, hidden)
-    return dict(hidden=hidden, BR=min(sizes["BD"], problem.tile.rows), **sizes)
+    return dict(
+        hidden=hidden, width=tokens.k.shape[-1], BR=min(sizes["BD"], problem.tile.rows), **sizes
+    )
 
 
 def retrieve_backward(
-    q: Tensor,
     do: Tensor,
     tokens: Tokens,
     scratch: Scratch,
@@ -86,8 +87,6 @@ def retrieve_backward(
     trace = scratch.trace
     assert trace is not None
     retrieve_backward_kernel[scratch.a.shape[:2]](
-        p_q=q,
-        p_k=tokens.k,
         p_h=trace.query_h,
         p_x=scratch.x,
         p_d2=scratch.d[-1],
@@ -102,7 +101,6 @@ def retrieve_backward(
         p_gz=trace.query_z,
         p_gy=trace.query_y,
         p_dx2=grad.x[-1],
-        p_dd1=grad.d[0],
         p_dd2=grad.d[-1],
         p_da=grad.a,
         p_dc=grad.c,
@@ -138,7 +136,6 @@ def scan_backward(
     assert trace is not None
     N, H = state.weights[0].shape[:2]
     chunk = problem.chunk_size if problem.blocks.chunks > 1 else problem.tile.block
-    grad.x[0].zero_()
     scan_backward_kernel[(N, H)](
         p_q=q,
         p_k=tokens.k,
@@ -188,7 +185,6 @@ def scan_backward(
         p_ask=tokens.ask,
         group=first_block,
         blocks=problem.group,
-        width=q.shape[-1],
         BC=max(16, triton.next_power_of_2(chunk)),
         **_sizes(tokens, scratch, problem),
         **problem.options(len(scratch.d)),
@@ -196,7 +192,7 @@ def scan_backward(
     )
 
 
-def inputs_backward(
+def queries_backward(
     q: Tensor,
     do: Tensor,
     tokens: Tokens,
@@ -204,16 +200,22 @@ def inputs_backward(
     anchor: list[Tensor],
     grad: GroupGrad,
     dq: Tensor,
-    dk: Tensor,
     first_block: int,
     problem: Problem,
 ) -> None:
+    """After `retrieve_backward`."""
     trace, depth = scratch.trace, len(scratch.d)
     assert trace is not None
-    options = problem.options(depth)
-    queries = dict(
+    _inputs_backward(
+        tokens,
+        scratch,
+        anchor,
+        grad,
+        first_block,
+        problem,
         p_h=q,
         p_g=trace.query_z if depth > 1 else trace.query_y,
+        p_do=do,
         p_dh=dq,
         p_da=grad.a,
         p_dc=grad.c,
@@ -222,9 +224,28 @@ def inputs_backward(
         LAST=depth == 1,
         SHARED=depth > 1 and scratch.a.shape[2] == 1,
     )
-    keys = dict(
+
+
+def keys_backward(
+    tokens: Tokens,
+    scratch: Scratch,
+    anchor: list[Tensor],
+    grad: GroupGrad,
+    dk: Tensor,
+    first_block: int,
+    problem: Problem,
+) -> None:
+    """After `scan_backward`."""
+    _inputs_backward(
+        tokens,
+        scratch,
+        anchor,
+        grad,
+        first_block,
+        problem,
         p_h=tokens.k,
         p_g=grad.d[0],
+        p_do=tokens.k,
         p_dh=dk,
         p_da=grad.a_key,
         p_dc=grad.c_key,
@@ -233,27 +254,38 @@ def inputs_backward(
         LAST=False,
         SHARED=False,
     )
-    for reader in (queries, keys):
-        inputs_backward_kernel[scratch.a.shape[:2]](
-            p_k=tokens.k,
-            p_d1=scratch.d[0],
-            p_W1=scratch.weights[0],
-            p_S1=scratch.momentum[0],
-            p_W1_anchor=anchor[0],
-            p_a=scratch.a,
-            p_c=scratch.c,
-            p_G=scratch.G,
-            p_do=do,
-            p_dx1=grad.x[0],
-            p_bounds=tokens.bounds,
-            p_tail=tokens.tail,
-            p_ask=tokens.ask,
-            group=first_block,
-            **reader,
-            **_sizes(tokens, scratch, problem),
-            **{name: options[name] for name in ("RESIDUAL", "PRECISION")},
-            **problem.tile.inputs_backward.options(),
-        )
+
+
+def _inputs_backward(
+    tokens: Tokens,
+    scratch: Scratch,
+    anchor: list[Tensor],
+    grad: GroupGrad,
+    first_block: int,
+    problem: Problem,
+    **reader: object,
+) -> None:
+    options = problem.options(len(scratch.d))
+    inputs_backward_kernel[scratch.a.shape[:2]](
+        p_k=tokens.k,
+        p_d1=scratch.d[0],
+        p_W1=scratch.weights[0],
+        p_S1=scratch.momentum[0],
+        p_W1_anchor=anchor[0],
+        p_a=scratch.a,
+        p_c=scratch.c,
+        p_G=scratch.G,
+        p_dd1=grad.d[0],
+        p_dx1=grad.x[0],
+        p_bounds=tokens.bounds,
+        p_tail=tokens.tail,
+        p_ask=tokens.ask,
+        group=first_block,
+        **reader,
+        **_sizes(tokens, scratch, problem),
+        **{name: options[name] for name in ("RESIDUAL", "PRECISION")},
+        **problem.tile.inputs_backward.options(),
+    )
 
 
 def coefficients_backward(

@@ -185,13 +185,14 @@ def backward(
                 _scan(plan, states, scratch, first)
                 launch.retrieve(q, q, tokens, scratch, first, problem)
                 at = (first, problem)
-                launch_backward.retrieve_backward(q, do, tokens, scratch, grad, *at)
+                launch_backward.retrieve_backward(do, tokens, scratch, grad, *at)
+                launch_backward.queries_backward(
+                    q, do, tokens, scratch, before, grad, dtokens.q, *at
+                )
                 launch_backward.scan_backward(
                     q, tokens, scratch, before, grad, state, dtokens.v, dnorm_keys, *at
                 )
-                launch_backward.inputs_backward(
-                    q, do, tokens, scratch, before, grad, dtokens.q, dtokens.k, *at
-                )
+                launch_backward.keys_backward(tokens, scratch, before, grad, dtokens.k, *at)
                 launch_backward.coefficients_backward(tokens, scratch, grad, dtokens[3:], *at)
                 if dnorm is not None:
                     dnorm += grad.norm.sum(0)

@@ -1,12 +1,12 @@
-"""Gradients of what answers were read from: of the block's inputs and errors, but the first inputs.
+"""Gradients of what answers were read from in the last layer: of the block's inputs and errors.
 
-With do at the last products, layer after layer from the last, token t's gradient dz_l and
+With do at the last products, token t's gradient dy, then dz of its first products, and
 
-    dX_i = -sum_{t >= i} G[t, i] (dz_t . D_i) x_t
-    dD_i = -sum_{t >= i} G[t, i] (x_t . X_i) dz_t
+    dX_i = -sum_{t >= i} G[t, i] (dy_t . D_i) h_t
+    dD_i = -sum_{t >= i} G[t, i] (h_t . X_i) dy_t
 
-The first layer's dX and its coefficients' gradients wait for `inputs_backward`, which takes queries
-and keys alike.
+The first layer waits for `inputs_backward`, which takes queries and keys alike; so does all but the
+last product's gradient where that layer is the only one.
 
 Grid: (slots, heads), everything parallel. Reads what `scan` and `retrieve` left; writes every
 tensor of the scratch once.
@@ -44,8 +44,6 @@ def errors_backward(
 
 @triton.jit(do_not_specialize=["group"])
 def retrieve_backward_kernel(
-    p_q,  # [Mq, H, D]
-    p_k,  # [M, H, D]
     p_h,  # [slots, H, BT, HIDDEN], queries' inputs of the last layer
     p_x,  # [slots, H, BT, HIDDEN], keys' inputs of the last layer
     p_d2,  # [slots, H, BT, D]
@@ -60,7 +58,6 @@ def retrieve_backward_kernel(
     p_gz,  # in and out [slots, H, BT, HIDDEN], queries' first products, then their gradient
     p_gy,  # in and out [slots, H, BT, D], last products, then their gradient
     p_dx2,  # out [slots, H, BT, HIDDEN]
-    p_dd1,  # out [slots, H, BT, HIDDEN]
     p_dd2,  # out [slots, H, BT, D]
     p_da,  # out [slots, H, L, BT], of the last layer
     p_dc,
@@ -71,6 +68,7 @@ def retrieve_backward_kernel(
     p_ask,  # [N]
     group,
     hidden,
+    width,  # D
     BLOCKS: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -95,7 +93,7 @@ def retrieve_backward_kernel(
     o_r = tl.arange(0, BR)
     m_t, m_d = o_t < count, o_d < D
     i_b = i_slot * H + i_h
-    OP: tl.constexpr = p_k.dtype.element_ty
+    OP: tl.constexpr = p_W2.dtype.element_ty
     ACC: tl.constexpr = p_G.dtype.element_ty
     p_norm += i_h * 2 * D
     p_dnorm += i_b * 2 * D
@@ -108,22 +106,18 @@ def retrieve_backward_kernel(
     before = first - tl.load(p_bounds + 2 * n) - tl.load(p_tail + n)
     ask = tl.load(p_ask + n) + before
     m_q = m_t & (before + o_t >= 0)
-    p_q += (ask * H + i_h) * D
     p_do += (ask * H + i_h) * D
-    p_k += (first * H + i_h) * D
     i_l = 1 if (L > 1 and DEPTH == 2) else 0
     p_a += (i_b * L + i_l) * BT
     p_c += (i_b * L + i_l) * BT
     p_da += (i_b * L + i_l) * BT
     p_dc += (i_b * L + i_l) * BT
-    p_G1 = p_G + i_b * L * BT * BT
-    p_G2 = p_G1 + i_l * BT * BT
+    p_G += (i_b * L + i_l) * BT * BT
     p_dG += (i_b * L + i_l) * BT * BT
     p_h += i_b * BT * HIDDEN
     p_x += i_b * BT * HIDDEN
     p_gz += i_b * BT * HIDDEN
     p_dx2 += i_b * BT * HIDDEN
-    p_dd1 += i_b * BT * HIDDEN
     p_d2 += i_b * BT * D
     p_gy += i_b * BT * D
     p_parts += i_b * 2 * BT * D
@@ -145,11 +139,11 @@ def retrieve_backward_kernel(
     tl.store(p_da + o_t, tl.sum(b_dy * b_part, 0), mask=m_t)
     b_part = tl.load(p_parts + BT * D + o_y, mask=m_y, other=0.0)
     tl.store(p_dc + o_t, tl.sum(b_dy * b_part, 0), mask=m_t)
-    tl.debug_barrier()
 
-    # [BT, BT] tiles are keys i by queries t.
-    o_G, m_G = o_t[None, :] * BT + o_t[:, None], m_t[None, :] & m_t[:, None]
     if DEPTH == 2:
+        tl.debug_barrier()
+        # [BT, BT] tiles are keys i by queries t.
+        o_G, m_G = o_t[None, :] * BT + o_t[:, None], m_t[None, :] & m_t[:, None]
         b_hx = tl.zeros([BT, BT], ACC)
         for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
             m_h = j + o_h < HIDDEN
@@ -165,7 +159,7 @@ def retrieve_backward_kernel(
             )
             b_hx = tl.dot(b_x, b_h, b_hx, input_precision=PRECISION, out_dtype=ACC)
         b_gd = tl.zeros([BT, BT], ACC)
-        for i in tl.range(0, D, BR, num_stages=1, disable_licm=True):
+        for i in tl.range(0, width, BR, num_stages=1, disable_licm=True):
             m_r = i + o_r < D
             b_d = tl.load(  # [BT, BR]
                 p_d2 + o_t[:, None] * D + (i + o_r)[None, :],
@@ -179,9 +173,9 @@ def retrieve_backward_kernel(
             ).to(OP)
             b_gd = tl.dot(b_d, b_g, b_gd, input_precision=PRECISION, out_dtype=ACC)
         tl.store(p_dG + o_G, -b_hx * b_gd, mask=m_G)
-        b_G = -tl.load(p_G2 + o_G, mask=m_t[None, :], other=0.0)
+        b_G = -tl.load(p_G + o_G, mask=m_t[None, :], other=0.0)
         b_hx, b_gd = (b_G * b_hx).to(OP), (b_G * b_gd).to(OP)
-        errors_backward(b_hx, p_gy, p_dd2, m_t, D, D, BT, BR, PRECISION)
+        errors_backward(b_hx, p_gy, p_dd2, m_t, width, D, BT, BR, PRECISION)
 
         b_a = tl.load(p_a + o_t, mask=m_t, other=0.0)
         b_c = tl.load(p_c + o_t, mask=m_t, other=0.0)
@@ -190,7 +184,7 @@ def retrieve_backward_kernel(
             o_z, m_z = o_t[None, :] * HIDDEN + (j + o_h)[:, None], m_t[None, :] & m_h[:, None]
             b_gW = tl.zeros([BH, BT], ACC)
             b_gS = tl.zeros([BH, BT], ACC)
-            for i in tl.range(0, D, BR, num_stages=1, disable_licm=True):
+            for i in tl.range(0, width, BR, num_stages=1, disable_licm=True):
                 m_r = i + o_r < D
                 b_g = tl.load(  # [BR, BT]
                     p_gy + o_t[None, :] * D + (i + o_r)[:, None],
@@ -212,24 +206,3 @@ def retrieve_backward_kernel(
             b_h = tl.load(p_h + o_z, mask=m_z, other=0.0)  # [BT, BH]
             b_dx = tl.dot(b_gd, b_h, input_precision=PRECISION, out_dtype=ACC)
             tl.store(p_dx2 + o_z, b_dx, mask=m_z)
-        tl.debug_barrier()
-
-    b_kq = tl.zeros([BT, BT], ACC)
-    for i in tl.range(0, D, BR, num_stages=1, disable_licm=True):
-        m_r = i + o_r < D
-        b_k = tl.load(  # [BT, BR]
-            p_k + o_t[:, None] * (H * D) + (i + o_r)[None, :],
-            mask=m_t[:, None] & m_r[None, :],
-            other=0.0,
-        )
-        b_q = tl.load(  # [BR, BT]
-            p_q + o_t[None, :] * (H * D) + (i + o_r)[:, None],
-            mask=m_q[None, :] & m_r[:, None],
-            other=0.0,
-        )
-        b_kq = tl.dot(b_k, b_q, b_kq, input_precision=PRECISION, out_dtype=ACC)
-    b_kq = (-tl.load(p_G1 + o_G, mask=m_t[None, :], other=0.0) * b_kq).to(OP)
-    if DEPTH == 2:
-        errors_backward(b_kq, p_gz, p_dd1, m_t, hidden, HIDDEN, BT, BH, PRECISION)
-    else:
-        errors_backward(b_kq, p_gy, p_dd2, m_t, D, D, BT, BR, PRECISION)

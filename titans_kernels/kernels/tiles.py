@@ -88,64 +88,68 @@ ANY = 2**63
 _HALF = {
     # sm_80's also fit sm_86, sm_89 and sm_120, which have 99 KiB of shared memory to a program.
     "sm_80": (
-        # 254 (3.6: and 32), 255, 166; 210, 255 (3.6: and 112), 197
+        # 254 (3.6: 255 and 32), 255, 166; 128, 255 and 8 (3.6: 120), 128 and 8
         (64, ANY, Tile(64, 32, 32, 32, scan=_4, retrieve=_4x2, recall=_4x2)),
-        # 255 and 16 (3.6: and 88), 255, 174; 186, 255 and 24 (3.6: and 120), 197
+        # 255 and 16 (3.6: 88), 255, 174; 169, 255 and 32 (3.6: 128), 128 and 8
         (128, ANY, Tile(64, 32, 32, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
-        # 255, 255, 169; 182, 255 and 8, 246. Rows of 64: scan backwards 255 and 56
+        # 255, 255, 169; 165, 255 and 16 (3.6: 40), 166. Rows of 64: scan backwards 255 and 56
         (256, ANY, Tile(32, 32, 16, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
     ),
     "sm_90": (
-        # 230, 241, 128; 236, 235, 202
-        (64, 32, Tile(64, 64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
-        # 237, 241, 128; scan backwards 255 and 80. Scan of 4 warps: 255 and 48
+        # 221, 254, 208; 255, 239 (3.6: 255 and 8), 255 and 200 (3.6: 112), between its loops.
+        # Chunks of 32: scan backwards 255 and 16 (3.6: 64)
+        (64, 32, Tile(128, 64, 64, 64, scan=_8, retrieve=_8, recall=_8x2)),
+        # 237, 241, 128; scan backwards 255 and 80, of a block of 128: 255 and 512
         (64, ANY, Tile(64, 64, 64, 64, scan=_8, retrieve=_8x2, recall=_4x2)),
-        # 230, 228, 105; 182, 254, 254
-        (128, 32, Tile(64, 64, 32, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
+        # 231 (3.6: 255 and 32), 254, 255 and 16 (3.6: 202); 255, 253 (3.6: 255 and 16),
+        # 255 and 200 (3.6: 112).
+        # Chunks of 32: scan 245 (3.6: 255 and 112); backwards 255 and 56 (3.6: 96)
+        (128, 32, Tile(128, 64, 32, 64, scan=_8, retrieve=_8, recall=_8x2)),
         # 255 and 16 (3.6: 253), 216, 105. Scan of a block of 64: 255 and 112
         (128, ANY, Tile(32, 64, 32, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
-        # 255 and 72 (3.6: 255), 242, 181; 185, 254, 255 and 8. Of 32 queries: 255 and 232
+        # 255 and 72 (3.6: 255), 242, 181; 180, 255, 191. Of 32 queries: 255 and 232
         (256, 32, Tile(64, 64, 16, 64, scan=_8, retrieve=_8, recall=_8x2)),
         # 255 and 8, 211, 181; scan backwards 255 and 72. Scan of a block of 64: 255 and 832
         (256, ANY, Tile(32, 64, 16, 64, scan=_8, retrieve=_8, recall=_8x2)),
     ),
     "sm_100": (
-        # 204, 125, 121; 169, 236, 218
+        # 196, 162, 120; 255 and 16 (3.6: 253), 246, 255 and 48 (3.6: 32)
+        (64, 32, Tile(128, 64, 64, 64, scan=_8, retrieve=_8, recall=_8x2)),
+        # 204, 125, 121. Blocks of 128: scan backwards 255 and 304
         (64, ANY, Tile(64, 64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
-        # 212, 184, 120; 170, 232, 224
+        # 228, 214, 255; 255, 255 and 16 (3.6: 254), 255 and 48 (3.6: 32)
+        (128, 32, Tile(128, 64, 64, 64, scan=_8, retrieve=_8, recall=_8x2)),
+        # 212, 184, 120
         (128, ANY, Tile(64, 64, 64, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
-        # 234, 164, 255; 254, 246, 226. Retrieve of 64 queries: 255 and 32 (3.6: and 288)
+        # 234, 164, 255; 255, 249, 172. Retrieve of 64 queries: 255 and 32 (3.6: and 288)
         (256, 32, Tile(64, 64, 32, 64, scan=_8, retrieve=_8, recall=_8x2)),
         # 255; a block of 64 takes more tensor memory than there is, and traps (3.6)
         (256, ANY, Tile(32, 64, 32, 64, scan=_8, retrieve=_8, recall=_8x2)),
     ),
     # Up to 512 registers, for 4 warps; of 8, scan_backward has 256 and 332 bytes of stack.
     "gfx942": (
-        # 283 (3.6: 438), 262, 160; 240, 440, 285
+        # 282 (3.6: 438), 262, 160; 224, 398, 232
         (64, ANY, Tile(64, 64, 64, 64, **_ALL_4)),
-        # 268 (3.6: 399), 408, 208; 382, 400, 288. Scan of slices of 64: 362 (3.6: 512 and 204)
+        # 268 (3.6: 399), 408, 208; 354, 398, 233. Scan of slices of 64: 362 (3.6: 512 and 204)
         (128, ANY, Tile(64, 32, 64, 64, **_ALL_4)),
-        # 246 (3.6: 383), 362, 194; 228, 255, 273. Scan of a block of 64: 360 (3.6: 512 and 364)
+        # 246 (3.6: 383), 362, 194; 217, 255, 212. Scan of a block of 64: 360 (3.6: 512 and 364)
         (256, ANY, Tile(32, 64, 32, 64, **_ALL_4)),
     ),
 }
 ARCHITECTURES = tuple(_HALF)
 
-# Ahead of these rows where no backward pass follows: of states, which are most of what scan moves,
-# blocks of 128 tokens move half. Scan and retrieve; recall, alike in both, takes the rows above.
+# Ahead of these rows where no backward pass follows, which is what keeps longer chunks from blocks
+# of 128 tokens: of states, which are most of what scan moves, they move half what blocks of 64 do.
+# Scan and retrieve; recall, alike in both, takes the rows above.
 _FORWARD: dict[str, tuple[tuple[int, int, Tile], ...]] = {
     "sm_80": (),
     "sm_90": (
         # 221 (3.6: 255), 254; chunks of 64: 233
         (64, 64, Tile(128, 64, 64, 64, scan=_8, retrieve=_8)),
-        # 231 (3.6: 255 and 32), 254; chunks of 32: 245
-        (128, 32, Tile(128, 64, 32, 64, scan=_8, retrieve=_8)),
     ),
     "sm_100": (
         # 196, 162; chunks of 64: 236
         (64, 64, Tile(128, 64, 64, 64, scan=_8, retrieve=_8)),
-        # 228 (3.6: 255 and 16), 214
-        (128, 32, Tile(128, 64, 64, 64, scan=_8, retrieve=_8)),
     ),
     "gfx942": (),
 }
