@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import offline, static
-from titans_kernels.kernels.tiles import ARCHITECTURES, Schedule, Tile, tile, using
+from titans_kernels.kernels.tiles import ARCHITECTURES, Blocks, Schedule, Tile, tile, using
 
 ROOT = Path(__file__).parents[1]
 # Where `make test` puts another Triton. First on the path, it takes the installed one's place.
@@ -180,6 +180,21 @@ def test_a_tile_may_be_forced():
     with using(other):
         assert tile(64, 256, torch.bfloat16, "sm_90") is other
     assert tile(64, 256, torch.bfloat16, "sm_90") != other
+
+
+@pytest.mark.parametrize(
+    "longest, chunk, block",
+    [
+        *((0, 16, 16), (1, 16, 16), (16, 16, 16), (17, 16, 32), (65, 16, 128), (10**6, 16, 128)),
+        # A chunk that a block held it still holds; one that spans blocks spans as many.
+        *((1, 20, 32), (1, 64, 64), (1, 100, 128), (1, 200, 128)),
+    ],
+)
+def test_short_sequences_get_short_blocks(longest, chunk, block):
+    large = Tile(128, 32, 64)
+    size = large.fitting(longest, chunk)
+    assert size == dataclasses.replace(large, block=block, queries=min(64, block))
+    assert (Blocks.of(chunk, size).span > 1) == (Blocks.of(chunk, large).span > 1)
 
 
 def test_tile_that_does_not_fit_is_refused():

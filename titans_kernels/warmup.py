@@ -48,9 +48,9 @@ def warmup(
         norm (bool):
             Whether there is a LayerNorm inside the memory. Default: True.
         lengths (Sequence[int]):
-            Of the sequences to come. What is compiled depends on a length's blocks, rounded up to
-            a power of two, and no more from 2,048 tokens on: the default is for those and for
-            decoding.
+            Of the sequences to come. What is compiled depends on a length's blocks, or on the
+            tokens of one that is shorter, rounded up to a power of two, and no more from 2,048
+            tokens on: the default is for those and for decoding.
         backward (bool):
             Whether gradients will be taken. Default: False.
         device (torch.device | str | None):

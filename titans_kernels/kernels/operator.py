@@ -62,6 +62,7 @@ class Plan(NamedTuple):
         cls, packed: Packed, options: Options, chunk_size: int, longest: int, backward: bool = True
     ) -> Plan:
         size = _tile(packed.q, packed.weights, chunk_size, backward)
+        size = size.fitting(longest, chunk_size)
         blocks = Blocks.of(chunk_size, size)
         intervals = Intervals.of(chunk_size, size, blocks)
         if blocks.span == 1:
@@ -253,5 +254,5 @@ def retrieve(reading: Reading, options: Options, longest: int) -> Tensor:
         reading.cu,
         longest,
         *options,
-        _tile(reading.q, reading.weights),
+        _tile(reading.q, reading.weights).fitting(longest),
     )

@@ -67,6 +67,14 @@ class Tile:
             raise ValueError(f"scan: got {self.scan.stages} stages, takes 1")
         object.__setattr__(self, "queries", min(self.queries, self.block))
 
+    def fitting(self, longest: int, chunk_size: int = 1) -> Tile:
+        """One whose blocks are no larger than the longest sequence: a token is no block of 128.
+
+        They still hold the chunk that they held.
+        """
+        tokens = 1 << (max(longest, chunk_size, 16) - 1).bit_length()
+        return self if tokens >= self.block else replace(self, block=tokens)
+
     @property
     def coefficients(self) -> Schedule:
         return Schedule(1 if self.block <= 64 else 2)
