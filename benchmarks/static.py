@@ -162,14 +162,11 @@ def most_stack(report: Report) -> int:
     """Bytes a thread may spill: none where kernels are meant to be fast.
 
     That is on gfx942, and on sm_90 and sm_100 up to D 128 in chunks of 16. At D 128 chunks of 64
-    take 16 bytes with Triton 3.9, blocks of 128 tokens up to 40; their queries' gradients spill
-    more, once, where two [128, 128] tiles meet between loops.
+    take 16 bytes with Triton 3.9.
     """
     if report.arch == "gfx942":
         return 0
     if report.arch in ("sm_90", "sm_100") and head_dim(report) <= 128:
-        if int(report.constants["BT"]) > 64:
-            return 200 if name(report) == "inputs_backward q" else 40
         return 16 if chunk_size(report) > CHUNK else 0
     return 256
 

@@ -104,15 +104,12 @@ _HALF = {
         (256, ANY, Tile(32, 32, 16, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
     ),
     "sm_90": (
-        # 221, 254, 208; 255, 239 (3.6: 255 and 8), 255 and 200 (3.6: 112), between its loops.
-        # Chunks of 32: scan backwards 255 and 16 (3.6: 64)
-        (64, 32, Tile(128, 64, 64, 64, scan=_8, retrieve=_8, recall=_8x2)),
-        # 237, 241, 128; scan backwards 255 and 80, of a block of 128: 255 and 512
+        # 230, 241, 128; 172, 236, 191
+        (64, 32, Tile(64, 64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
+        # 237, 241, 128; scan backwards 255 and 80. Scan of 4 warps: 255 and 48
         (64, ANY, Tile(64, 64, 64, 64, scan=_8, retrieve=_8x2, recall=_4x2)),
-        # 231 (3.6: 255 and 32), 254, 255 and 16 (3.6: 202); 255, 253 (3.6: 255 and 16),
-        # 255 and 200 (3.6: 112).
-        # Chunks of 32: scan 245 (3.6: 255 and 112); backwards 255 and 56 (3.6: 96)
-        (128, 32, Tile(128, 64, 32, 64, scan=_8, retrieve=_8, recall=_8x2)),
+        # 230, 228, 105; 169, 255, 191
+        (128, 32, Tile(64, 64, 32, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
         # 255 and 16 (3.6: 253), 216, 105. Scan of a block of 64: 255 and 112
         (128, ANY, Tile(32, 64, 32, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
         # 255 and 72 (3.6: 255), 242, 181; 180, 255, 191. Of 32 queries: 255 and 232
@@ -121,13 +118,9 @@ _HALF = {
         (256, ANY, Tile(32, 64, 16, 64, scan=_8, retrieve=_8, recall=_8x2)),
     ),
     "sm_100": (
-        # 196, 162, 120; 255 and 16 (3.6: 253), 246, 255 and 48 (3.6: 32)
-        (64, 32, Tile(128, 64, 64, 64, scan=_8, retrieve=_8, recall=_8x2)),
-        # 204, 125, 121. Blocks of 128: scan backwards 255 and 304
+        # 204, 125, 121; 112, 238, 172
         (64, ANY, Tile(64, 64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
-        # 228, 214, 255; 255, 255 and 16 (3.6: 254), 255 and 48 (3.6: 32)
-        (128, 32, Tile(128, 64, 64, 64, scan=_8, retrieve=_8, recall=_8x2)),
-        # 212, 184, 120
+        # 212, 184, 120; 154, 232, 172
         (128, ANY, Tile(64, 64, 64, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
         # 234, 164, 255; 255, 249, 172. Retrieve of 64 queries: 255 and 32 (3.6: and 288)
         (256, 32, Tile(64, 64, 32, 64, scan=_8, retrieve=_8, recall=_8x2)),
@@ -146,9 +139,10 @@ _HALF = {
 }
 ARCHITECTURES = tuple(_HALF)
 
-# Ahead of these rows where no backward pass follows, which is what keeps longer chunks from blocks
-# of 128 tokens: of states, which are most of what scan moves, they move half what blocks of 64 do.
-# Scan and retrieve; recall, alike in both, takes the rows above.
+# Ahead of these rows where no backward pass follows: of states, which are most of what scan moves,
+# blocks of 128 tokens move half. Scan and retrieve; recall, alike in both, takes the rows above.
+# Up to D 128 in chunks of 16, training in such blocks spills at most 200 bytes, forward alone at D
+# 128 at most 32: `benchmarks.tune` finds whether that costs more than it saves.
 _FORWARD: dict[str, tuple[tuple[int, int, Tile], ...]] = {
     "sm_80": (),
     "sm_90": (
