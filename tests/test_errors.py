@@ -20,7 +20,7 @@ def _learn():
     """Arguments of neural_memory; the state has four tokens in its open chunk."""
     inputs = make_inputs(B, T, H, D, HIDDEN, DEPTH, requires_grad=False)
     _, state = neural_memory(**inputs, output_final_state=True)
-    return inputs | {"initial_state": state, "chunk_size": CHUNK}
+    return inputs | {"initial_state": state, "output_final_state": True, "chunk_size": CHUNK}
 
 
 def _read_state():
@@ -125,6 +125,14 @@ def _later(x):
     return x[:, 1:]
 
 
+def _nested(x):
+    return torch.nested.nested_tensor(list(x))
+
+
+def _jagged(x):
+    return torch.nested.nested_tensor(list(x), layout=torch.jagged)
+
+
 LEARN_VALUES = [
     ("q", lambda x: x[:, :, :0], "got shape [2, 20, 0, 4], takes [B, T, H, D] with H, D >= 1"),
     ("q", lambda x: x[..., :0], "got shape [2, 20, 2, 0], takes [B, T, H, D] with H, D >= 1"),
@@ -148,6 +156,11 @@ LEARN_VALUES = [
     ("backend", None, "got None, takes one of 'auto', 'torch', 'triton'"),
     ("chunk_size", 0, "got 0, takes an int of at least 1"),
     ("chunk_size", -16, "got -16, takes an int of at least 1"),
+    (
+        "chunk_size",
+        10**9,
+        "got 1000000000, takes at most 65536 where there is a state, which holds",
+    ),
 ]
 LEARN_TYPES = [
     ("k", lambda x: x.float(), "got dtype torch.float32, takes that of q, torch.float64"),
@@ -164,6 +177,13 @@ LEARN_TYPES = [
     ("chunk_size", True, "got True, takes an int of at least 1"),
     ("chunk_size", 16.0, "got 16.0, takes an int of at least 1"),
     ("chunk_size", None, "got None, takes an int of at least 1"),
+    ("q", lambda x: x.to_sparse(), "got a tensor of layout sparse_coo, takes a dense one"),
+    ("q", lambda x: x.float().to_mkldnn(), "got a tensor of layout _mkldnn, takes a dense one"),
+    ("q", _jagged, "got a tensor of layout nested, takes a dense one, strided"),
+    ("k", _nested, "got a tensor of layout nested, takes a dense one, strided"),
+    ("theta", lambda x: x.to_sparse(), "got a tensor of layout sparse_coo, takes a dense one"),
+    ("weights[1]", lambda x: x.to_sparse(), "got a tensor of layout sparse_coo, takes a dense"),
+    ("norm[1]", lambda x: x.to_sparse(), "got a tensor of layout sparse_coo, takes a dense one"),
     ("initial_state", lambda s: (s.weights, s.momentum), "got tuple, takes a MemoryState"),
 ]
 STATE_VALUES = [
@@ -186,6 +206,8 @@ STATE_TYPES = [
     ("momentum", lambda x: x[0], "got Tensor, takes a tuple of [N, H, d_in, d_out] tensors"),
     ("k", lambda x: x.float(), "got dtype torch.float32, takes that of q, torch.float64"),
     ("v", lambda x: x.bfloat16(), "got dtype torch.bfloat16, takes that of q, torch.float64"),
+    ("weights[0]", lambda x: x.to_sparse(), "got a tensor of layout sparse_coo, takes a dense"),
+    ("length", lambda x: x.to_sparse(), "got a tensor of layout sparse_coo, takes a dense one"),
 ]
 
 

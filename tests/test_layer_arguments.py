@@ -26,6 +26,8 @@ OPTIONS = [
     ({"expansion": 2.5}, TypeError, "expansion: got 2.5, takes an int"),
     ({"chunk_size": 0}, ValueError, "chunk_size: got 0, takes an int of at least 1"),
     ({"chunk_size": -16}, ValueError, "chunk_size: got -16, takes an int of at least 1"),
+    ({"chunk_size": 10**9}, ValueError, "chunk_size: got 1000000000, takes at most 65536 where"),
+    ({"conv_size": 10**9}, ValueError, "conv_size: got 1000000000, takes at most 65536 where"),
     ({"activation": "tanh"}, ValueError, "activation: got 'tanh', takes one of 'gelu_tanh'"),
     ({"residual": 1}, TypeError, "residual: got 1, takes True or False"),
     ({"norm": None}, TypeError, "norm: got None, takes True or False"),
@@ -51,6 +53,8 @@ X = torch.zeros(2, 5, 10, dtype=torch.float64)
 INPUTS = [
     (lambda _: ([1.0],), TypeError, "x: got list, takes a torch.Tensor"),
     (lambda _: (X.long(),), TypeError, "x: got dtype torch.int64, takes one of float64"),
+    (lambda _: (X.to_sparse(),), TypeError, "x: got a tensor of layout sparse_coo, takes a dense"),
+    (lambda _: (X.float().to_mkldnn(),), TypeError, "x: got a tensor of layout _mkldnn, takes a"),
     (lambda _: (X[0],), ValueError, "x: got shape [5, 10], takes [B, T, dim] with dim = 10"),
     (lambda _: (X[..., :9],), ValueError, "x: got shape [2, 5, 9], takes [B, T, dim]"),
     (lambda _: (X.float(),), TypeError, "x: got dtype torch.float32, takes that of the layer"),

@@ -276,6 +276,9 @@ def test_what_is_refused():
         model.model()
     with pytest.raises(ValueError, match=r"attention_mask: got \[2, 3\]"):
         model(tokens, attention_mask=torch.ones(2, 3))
+    for name in ("hidden_size", "num_hidden_layers", "num_heads", "vocab_size"):
+        with pytest.raises(ValueError, match=f"{name}: got 0, takes an int of at least 1"):
+            TitansConfig(**{name: 0})
     with pytest.raises(ValueError, match="variant: got 'mak'"):
         _config("mak")
     with pytest.raises(ValueError, match="use_cache: got True"):

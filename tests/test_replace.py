@@ -307,6 +307,8 @@ def test_what_is_refused():
     model, where = _host("llama")
     with pytest.raises(ValueError, match=r"where: got 'attn'.*model.layers.0.self_attn"):
         replace(model, "attn")
+    with pytest.raises(TypeError, match="where: got None, takes a pattern or a function"):
+        replace(model, None, "lmm")
     with pytest.raises(ValueError, match="mode: got 'both'"):
         replace(model, where.format(0), mode="both")
     with pytest.raises(ValueError, match="variant: got 'x'"):

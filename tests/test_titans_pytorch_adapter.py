@@ -79,6 +79,8 @@ REFUSED = {
     "gated_transition": [True],
     "mem_model_norm_add_residual": [True],
     "store_with_lookahead_value": [True],
+    "default_step_transform_max_lr": [float("nan"), 0.0],
+    "max_mem_layer_modulation": [float("nan"), -1.0],
     "default_model_kwargs": [{}, {"depth": 2, "width": 3}],
     "backend": ["cuda"],
 }
@@ -284,6 +286,14 @@ BAD_SIZES = {
     "heads: got 0": {"heads": 0},
     "dim_head: got 4, takes dim = 8": {"dim_head": 4},
     "batch_size: got 0": {"batch_size": 0},
+    "batch_size: got 1000000000": {"batch_size": 10**9},
+    "default_model_kwargs depth: got 0": {"default_model_kwargs": {"depth": 0}},
+    **{
+        f"default_model_kwargs expansion_factor: got {x}": {
+            "default_model_kwargs": {"depth": 2, "expansion_factor": x}
+        }
+        for x in (0, float("nan"), 0.01)
+    },
     "model: got weights": {"model": MemoryMLP((4, 8), (8, 4))},
     "init_momentum_bias: got 1.0": {"init_momentum_bias": 1.0, "momentum": False},
 }

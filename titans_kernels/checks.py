@@ -14,6 +14,10 @@ ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "identity")
 BACKENDS = ("auto", "torch", "triton")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+# Rows that a state allocates for every sequence, whatever it has read: its shapes stay the same
+# from token to token, as compiled decoding needs. More is a mistake, and would exhaust the memory.
+MOST_ROWS = 2**16
+
 
 def _shape(x: Tensor) -> str:
     return str(list(x.shape))
@@ -22,6 +26,9 @@ def _shape(x: Tensor) -> str:
 def tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
+    if x.layout != torch.strided or x.is_nested:
+        layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: got a tensor of layout {layout}, takes a dense one, strided")
 
 
 def floating(name: str, x: Any, like: Tensor | None = None) -> None:
@@ -114,11 +121,20 @@ def boolean(name: str, value: Any) -> None:
         raise TypeError(f"{name}: got {value!r}, takes True or False")
 
 
-def chunk_size(value: Any) -> None:
+def integer(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"chunk_size: got {value!r}, takes an int of at least 1")
-    if value < 1:
-        raise ValueError(f"chunk_size: got {value}, takes an int of at least 1")
+        raise TypeError(f"{name}: got {value!r}, takes an int of at least {least}")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, takes an int of at least {least}")
+
+
+def state_rows(name: str, value: int) -> None:
+    """A size of which a state holds as many rows."""
+    if value > MOST_ROWS:
+        raise ValueError(
+            f"{name}: got {value}, takes at most {MOST_ROWS} where there is a state, "
+            f"which holds {name} rows of every sequence"
+        )
 
 
 def cu_seqlens(value: Any, q: Tensor) -> None:

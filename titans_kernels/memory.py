@@ -71,7 +71,9 @@ def neural_memory(
             Whether f adds its input. Default: True.
         chunk_size (int):
             Tokens that share the weights their gradients are taken at. Semantics, not a tuning
-            knob: a model is run with the chunk it was trained with. Default: 16.
+            knob: a model is run with the chunk it was trained with. Any with
+            output_final_state=False; a state holds chunk_size tokens of every sequence, at most
+            65,536. Default: 16.
         initial_state (MemoryState | None):
             Where B sequences (N with cu_seqlens) go on; `weights` then gives depth and shapes only
             and has a zero gradient.
@@ -117,7 +119,9 @@ def neural_memory(
     checks.choice("activation", activation, checks.ACTIVATIONS)
     checks.boolean("residual", residual)
     checks.boolean("output_final_state", output_final_state)
-    checks.chunk_size(chunk_size)
+    checks.integer("chunk_size", chunk_size, 1)
+    if output_final_state:
+        checks.state_rows("chunk_size", chunk_size)
     checks.cu_seqlens(cu_seqlens, q)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is not None:

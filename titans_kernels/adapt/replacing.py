@@ -66,6 +66,8 @@ def replace(
         >>> encoder(torch.randn(1, 10, 64)).shape
         torch.Size([1, 10, 64])
     """
+    if not isinstance(where, str) and not callable(where):
+        raise TypeError(f"where: got {where!r}, takes a pattern or a function of (name, module)")
     checks.choice("mode", mode, ("replace", "beside"))
     chosen = {
         name: module for name, module in model.named_modules() if _matches(where, name, module)

@@ -180,16 +180,18 @@ class TitansPytorchMemory(nn.Module):
     ) -> None:
         _refuse_others(locals())
         super().__init__()
-        checking.integer("dim", dim, 1)
-        checking.integer("heads", heads, 1)
+        checks.integer("dim", dim, 1)
+        checks.integer("heads", heads, 1)
         checks.choice("backend", backend, checks.BACKENDS)
+        checking.positive("default_step_transform_max_lr", default_step_transform_max_lr)
+        checking.positive("max_mem_layer_modulation", max_mem_layer_modulation)
         if chunk_size not in (1, (1, 1)):
             raise ValueError(
                 f"chunk_size: got {chunk_size!r}, takes 1: every token has gates of its own; "
                 "batch_size says of how many tokens the gradients are taken at the same weights"
             )
         dim_head = dim if dim_head is None else dim_head
-        checking.integer("dim_head", dim_head, 1)
+        checks.integer("dim_head", dim_head, 1)
         if heads == 1 and dim_head != dim:
             raise ValueError(f"dim_head: got {dim_head}, takes dim = {dim} where heads is 1")
         if init_momentum_bias is not None and not momentum:
@@ -348,7 +350,7 @@ def _batch_size(name: str, value: Any) -> int:
     # Theirs is None by default, which is another memory; no default of ours would be theirs.
     if value is None:
         raise ValueError(f"{name}: got None, takes an int: the tokens of the paper's chunk")
-    checking.integer(name, value, 1)
+    checking.state_rows(name, value)
     return value
 
 
@@ -365,6 +367,12 @@ def _memory_mlp(model: Any, width: int, sizes: dict[str, Any]) -> list[Tensor]:
     if not {"depth"} <= set(sizes) <= {"depth", "expansion_factor"}:
         takes = "depth and expansion_factor"
         raise ValueError(f"default_model_kwargs: got {', '.join(sizes)}, takes {takes}")
-    depth, hidden = sizes["depth"], int(width * sizes.get("expansion_factor", 2.0))
+    depth, expansion = sizes["depth"], sizes.get("expansion_factor", 2.0)
+    checks.integer("default_model_kwargs depth", depth, 1)
+    checking.positive("default_model_kwargs expansion_factor", expansion)
+    hidden = int(width * expansion)
+    if hidden < 1:
+        takes = f"at least 1 / dim_head = {1 / width}"
+        raise ValueError(f"default_model_kwargs expansion_factor: got {expansion}, takes {takes}")
     widths = [width, *[hidden] * (depth - 1), width]
     return [nn.init.xavier_uniform_(torch.empty(shape)) for shape in pairwise(widths)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Generic, TypedDict, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from . import checking
 from .neural_memory import NeuralMemory
 from .numeric import unit, wide
@@ -54,7 +55,7 @@ class Block(nn.Module, Generic[S]):
         **memory: Unpack[MemoryOptions],
     ) -> None:
         super().__init__()
-        checking.integer("n_persistent", n_persistent, 0)
+        checks.integer("n_persistent", n_persistent, 0)
         self.memory = NeuralMemory(
             dim, heads=heads, dim_head=dim_head, device=device, dtype=dtype, **memory
         )

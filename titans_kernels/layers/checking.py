@@ -11,11 +11,10 @@ from .. import checks
 from .state import LayerState
 
 
-def integer(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, takes an int of at least {least}")
-    if value < least:
-        raise ValueError(f"{name}: got {value}, takes an int of at least {least}")
+def state_rows(name: str, value: Any) -> None:
+    """A size of which the layer's state holds as many rows."""
+    checks.integer(name, value, 1)
+    checks.state_rows(name, value)
 
 
 def positive(name: str, value: Any) -> None:
@@ -32,7 +31,7 @@ def head_size(dim: int, heads: int, dim_head: Any) -> int:
                 f"heads: got {heads}, takes a divisor of dim = {dim}, or a dim_head beside it"
             )
         return dim // heads
-    integer("dim_head", dim_head, 1)
+    checks.integer("dim_head", dim_head, 1)
     return dim_head
 
 

@@ -88,7 +88,7 @@ class TitansMAC(Block[ContextState]):
         **memory: Unpack[MemoryOptions],
     ) -> None:
         super().__init__(dim, heads, dim_head, n_persistent, device=device, dtype=dtype, **memory)
-        checking.integer("segment", segment, 1)
+        checking.state_rows("segment", segment)
         checking.rotary(rotary, self.dim_head)
         self.segment = segment
         self.attention = SegmentAttention(

@@ -69,7 +69,7 @@ class TitansMAG(Block[HybridState]):
         **memory: Unpack[MemoryOptions],
     ) -> None:
         super().__init__(dim, heads, dim_head, n_persistent, device=device, dtype=dtype, **memory)
-        checking.integer("window", window, 1)
+        checking.state_rows("window", window)
         checking.rotary(rotary, self.dim_head)
         self.attention = WindowAttention(
             dim, heads, self.dim_head, rotary, window, device=device, dtype=dtype

@@ -113,12 +113,13 @@ class NeuralMemory(nn.Module):
     ) -> None:
         super().__init__()
         for name, size in (("dim", dim), ("heads", heads), ("depth", depth)):
-            checking.integer(name, size, 1)
-        checking.integer("expansion", expansion, 1)
-        checking.integer("conv_size", 0 if conv_size is None else conv_size, 0)
+            checks.integer(name, size, 1)
+        checks.integer("expansion", expansion, 1)
+        checks.integer("conv_size", 0 if conv_size is None else conv_size, 0)
+        checks.state_rows("conv_size", conv_size or 0)
         checking.positive("max_learning_rate", max_learning_rate)
         checking.parameter_dtype(dtype)
-        checks.chunk_size(chunk_size)
+        checking.state_rows("chunk_size", chunk_size)
         checks.choice("activation", activation, checks.ACTIVATIONS)
         checks.choice("backend", backend, checks.BACKENDS)
         for name, flag in (("residual", residual), ("norm", norm)):

@@ -80,6 +80,8 @@ class TitansConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         checks.choice("variant", self.variant, tuple(VARIANTS))
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads"):
+            checks.integer(name, getattr(self, name), 1)
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
         if self.initializer_range is None:
