@@ -33,6 +33,7 @@ dev = [
     "mypy",
     "ninja",
     "parameterized",  # what transformers' own tests are written with
+    "peft",
     "pytest",
     "pytest-xdist",
     "ruff",

@@ -205,7 +205,7 @@ def test_transformer_encoder(mode, batch_first):
         assert torch.equal(run(x), before) == (mode == "beside")
         if mode == "beside":
             for n in names:
-                nn.init.ones_(encoder.get_submodule(n).titans_gate)
+                nn.init.ones_(encoder.get_submodule(n).titans.gate.titans_gate)
         assert not torch.equal(run(x), before)
         given = x if batch_first else x.transpose(0, 1)
         got = encoder(given, src_key_padding_mask=padding)
@@ -255,7 +255,7 @@ def test_hosts_that_tell_by_position(mode):
     model = nn.ModuleDict({"self": _Positional()}).to(torch.float64)
     replace(model, "self", "lmm", mode=mode)
     if mode == "beside":
-        nn.init.ones_(model["self"].titans_gate)
+        nn.init.ones_(model["self"].titans.gate.titans_gate)
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     real = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 1, 0]]).bool()
     expected = model["self"](x[1:, real[1]])[0]

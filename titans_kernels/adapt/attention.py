@@ -47,6 +47,7 @@ class TitansAttention(nn.Module):
         super().__init__()
         self.variant, self.layer_idx = variant, layer_idx
         self.beside, self.others = False, 0
+        self.gate: ClosedGate | None = None
         self.block = build(variant, hidden_size, heads=num_heads, **options)
 
     def forward(
@@ -88,6 +89,8 @@ class TitansAttention(nn.Module):
             if layer is not None and len(cu_seqlens) != len(hidden_states) + 1:
                 raise ValueError("past_key_values: takes None together with packed sequences")
         out, state = self.block(x, state, cu_seqlens)
+        if self.gate is not None:
+            out = self.gate(out)
         if layer is not None:
             layer.store(state, hidden_states.shape[1])
         return (out if rows is None else rows.unpack(out)), None, past_key_values
@@ -153,16 +156,26 @@ class InPlain(TitansAttention):
 
 
 def gated(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """A forward hook: what attention said, and the memory beside it as far as its gate is open."""
+    """A forward hook: the output of attention plus that of the memory beside it."""
     found = module.titans(*args, **kwargs)  # type: ignore[operator]
-    gate: Tensor = module.titans_gate  # type: ignore[assignment]
     if isinstance(output, tuple):
-        return (output[0] + (gate * found[0]).to(output[0].dtype), *output[1:])
-    return output + (gate * found).to(output.dtype)
+        return (output[0] + found[0].to(output[0].dtype), *output[1:])
+    return output + found.to(output.dtype)
 
 
-def closed_gate(dim: int, like: Tensor) -> nn.Parameter:
-    """Zeros: the memory is there, and changes nothing until it is trained."""
-    gate = nn.Parameter(torch.zeros(dim, device=like.device, dtype=like.dtype))
-    gate._no_weight_decay = True  # type: ignore[attr-defined]
-    return gate
+class ClosedGate(nn.Module):
+    """A factor per channel, 0 at first: a memory changes nothing until its gate is trained."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.titans_gate = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
+        self.titans_gate._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def forward(self, found: Tensor) -> Tensor:
+        return self.titans_gate * found

@@ -11,11 +11,11 @@ from torch import nn
 
 from .. import checks
 from .attention import (
+    ClosedGate,
     InMultihead,
     InPlain,
     InTransformers,
     TitansAttention,
-    closed_gate,
     gated,
 )
 
@@ -45,8 +45,11 @@ def replace(
             matched, * for anything), or a function of (name, module).
         variant (str): "mac", "mag", "mal" or "lmm".
         mode (str): "replace": the Titans layer takes attention's place. "beside": attention stays
-            as it is, and `titans_gate * memory` is added to what it says. The gate starts at 0,
-            one number a channel: the model computes what it did, to the bit, until it is trained.
+            as it is, and the output of the memory, times a gate, is added to its output. The gate
+            starts at 0, one number a channel: the model computes what it did, to the bit, until it
+            is trained. The memory is the submodule `titans` of the attention, its gate
+            `titans.gate`: with PEFT, `modules_to_save=["titans"]` trains and saves both, and
+            `modules_to_save=["titans.gate"]` the gate beside LoRA of the memory's projections.
         dim, heads (int | None): of the Titans layer. Default: what the attention says it has.
         options: as the block of that variant takes them: segment, window, chunk_size, ...
 
@@ -89,9 +92,10 @@ def replace(
             continue
         if hasattr(module, "titans"):
             raise ValueError(f"where: {name} has a memory beside it already")
+        like = next(layer.block.parameters())
         layer.beside = True
+        layer.gate = ClosedGate(layer.block.dim, device=like.device, dtype=like.dtype)
         module.titans = layer
-        module.titans_gate = closed_gate(layer.block.dim, next(module.parameters()))
         module.register_forward_hook(gated, with_kwargs=True)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
