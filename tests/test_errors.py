@@ -159,7 +159,7 @@ LEARN_VALUES = [
     (
         "chunk_size",
         10**9,
-        "got 1000000000, takes at most 65536 where there is a state, which holds",
+        "got 1000000000, takes at most 65536 where there is a state",
     ),
 ]
 LEARN_TYPES = [

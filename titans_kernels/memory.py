@@ -98,6 +98,9 @@ def neural_memory(
     `use_reentrant=False`: the other kind drops gradients that flow through the state alone. The
     PyTorch backend has derivatives of any order.
 
+    A NaN or an infinity is causal: in q it reaches its own output, in k, v or a gate those from its
+    token on, of its sequence and head, and the state. Gradients that depend on it are not finite.
+
     Raises:
         TypeError, ValueError: an argument that does not fit; it names what it got and what it
         takes.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .nonfinite import separate
 from .packing import Options, Packed, Reading
 
 _PACKED = (
@@ -83,8 +84,12 @@ def _kept(packed: Packed, backend: str, chunk_size: int, save: bool) -> list[Ten
 def _memory(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     packed, (backend, *options, chunk_size, longest, final, save) = Packed(*args[:_P]), args[_P:]
     kept = _kept(packed, backend, chunk_size, save)
+    clean, nonfinite = separate(packed)
     run = _module(backend).forward
-    return *run(packed, Options(*options), chunk_size, longest, kept, final), kept
+    o, state = run(clean, Options(*options), chunk_size, longest, kept, final)
+    if nonfinite is not None:
+        nonfinite.mark(o, state, chunk_size)
+    return o, state, kept
 
 
 @_memory.register_fake
@@ -103,8 +108,12 @@ def _(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 @_closed
 def _memory_backward(*args: Any) -> list[Tensor]:
     backend, *options, chunk_size, longest, kept, do, dfinal = args[_P:]
+    clean, nonfinite = separate(Packed(*args[:_P]))
     run = _module(backend).backward
-    return run(Packed(*args[:_P]), Options(*options), chunk_size, longest, kept, do, dfinal)
+    grads = run(clean, Options(*options), chunk_size, longest, kept, do, dfinal)
+    if nonfinite is not None:
+        nonfinite.mark_gradients(grads)
+    return grads
 
 
 @_memory_backward.register_fake
