@@ -8,10 +8,13 @@ import pickle
 import pytest
 import torch
 from block_cases import BLOCKS, assert_close, gradients, make_block, randn
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from titans_kernels import NeuralMemory
 from titans_kernels.layers import TitansLMM, TitansMAC, TitansMAG, TitansMAL
+from titans_kernels.layers.attention import WindowAttention
+from titans_kernels.layers.block import Gate
 
 every_block = pytest.mark.parametrize("name", BLOCKS)
 
@@ -247,3 +250,46 @@ def test_states_are_pytrees(name):
     doubled = tree_map(lambda y: 2 * y, state)
     assert type(doubled) is type(state)
     assert all(map(torch.equal, tree_leaves(doubled), [2 * y for y in tree_leaves(state)]))
+
+
+# What bfloat16 must not round.
+
+
+def test_rotary_positions_are_not_rounded():
+    """At the windows that models have: bfloat16 holds no odd number above 256."""
+    torch.manual_seed(0)
+    exact = WindowAttention(32, 1, 32, True, 1024)
+    for name in ("q_proj", "k_proj"):  # scores that tell positions apart
+        nn.init.normal_(getattr(exact, name).weight, std=0.5)
+    x = torch.randn(1, 1100, 32).bfloat16()
+    rounded = copy.deepcopy(exact).bfloat16()
+    exact.load_state_dict({n: p.float() for n, p in rounded.state_dict().items()})
+    want, got = exact(x.float())[0], rounded(x)[0].float()
+    assert (got - want).square().mean().sqrt() < 0.03 * want.square().mean().sqrt()
+
+
+def test_the_gate_is_the_equation():
+    torch.manual_seed(0)
+    gate = Gate(16, dtype=torch.float64)
+    for parameter in gate.parameters():
+        nn.init.normal_(parameter)
+    y, m = randn(2, 3, 5, 16)
+
+    def rms(x):
+        return x / x.square().mean(-1, keepdim=True).sqrt()
+
+    want = gate.attention_norm * rms(y) * torch.sigmoid(gate.memory_norm * rms(m))
+    assert_close("gate", gate(y, m), want, 1e-5)  # unit() has an eps
+
+
+def test_the_gate_rounds_once():
+    """Its output: not its parameters times sqrt(dim), nor what it multiplies."""
+    torch.manual_seed(0)
+    gate = Gate(15, dtype=torch.bfloat16)
+    for parameter in gate.parameters():
+        nn.init.normal_(parameter)
+    exact = Gate(15, dtype=torch.float64)
+    exact.load_state_dict({n: p.double() for n, p in gate.state_dict().items()})
+    y, m = randn(2, 3, 500, 15).bfloat16()
+    want, got = exact(y.double(), m.double()), gate(y, m).double()
+    assert ((got - want).abs() <= 2.0**-8 * want.abs() * 1.01).all()

@@ -298,10 +298,9 @@ CU_SEQLENS = [
     (torch.tensor([0, 19]), ValueError, "got 0 first and 19 last, takes 0 first and T = 20 last"),
     (torch.tensor([0, 21]), ValueError, "got 0 first and 21 last, takes 0 first and T = 20 last"),
     (torch.tensor([0]), ValueError, "got 0 first and 0 last, takes 0 first and T = 20 last"),
-    (
-        torch.tensor([0, 12, 11, 20]),
-        ValueError,
-        "got [0, 12, 11, 20], takes values that never fall",
+    *(
+        (torch.tensor(ends), ValueError, f"got {ends}, takes values that never fall")
+        for ends in ([0, 12, 11, 20], [0, -1, 20], [0, 21, 20], [0, 20, 0, 20])
     ),
     (
         torch.tensor([0, 20], device="meta"),

@@ -18,6 +18,7 @@ import reference
 from titans_kernels import NeuralMemory
 from titans_kernels import neural_memory as operator
 from titans_kernels.layers import LayerState
+from titans_kernels.layers.convolution import ShortConvolution
 
 # The module: titans_kernels.layers.neural_memory the name could be mistaken for the operator.
 module = importlib.import_module("titans_kernels.layers.neural_memory")
@@ -468,3 +469,46 @@ def test_repr_names_the_sizes():
     text = repr(NeuralMemory(16, heads=2))
     assert "16, heads=2, dim_head=8, depth=2, expansion=4, chunk_size=16" in text
     assert "32, size=4" in repr(NeuralMemory(16, heads=2, dim_head=16))
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 0, 3]])
+def test_a_filter_of_one_tap_has_no_history(lengths):
+    x, cu_seqlens = _randn(1, 8, 6), None
+    if lengths is not None:
+        cu_seqlens = torch.tensor([0, *_ends(lengths)])
+    convolution = ShortConvolution(6, 1, dtype=torch.float64)
+    y, history = convolution(x, None, cu_seqlens)
+    assert torch.equal(y, x * convolution.weight[:, 0])
+    assert history.shape == (len(lengths or [8]), 0, 6)
+    again, history = convolution(x, history, cu_seqlens)
+    assert torch.equal(again, y) and history.shape[1] == 0
+
+
+def test_parameters_start_at_the_scale_that_is_documented():
+    torch.manual_seed(0)
+    layer = NeuralMemory(256, heads=2, dim_head=128)
+    first, second = layer.weights
+    scale = {
+        **{"q_proj": 256**-0.5, "v_proj": 256**-0.5, "theta_proj": 0.1 * 256**-0.5},
+        **{"alpha_proj": 0.1 * 256**-0.5, "out_proj": 256**-0.5, "gate_proj": 256**-0.5},
+    }
+    stds = {getattr(layer, name).weight: std for name, std in scale.items()}
+    stds |= {first: 1.0, second: 512**-0.5}
+    stds |= {NeuralMemory(256, heads=2, dim_head=128, norm=False).weights[0]: 128**-0.5}
+    stds |= {NeuralMemory(256, heads=2, dim_head=128, depth=1).weights[0]: 128**-0.5}
+    for weight, std in stds.items():
+        deviation = 4 * (2 * weight.numel()) ** -0.5  # of a sample's standard deviation
+        assert abs(weight.std() / std - 1) < deviation
+        assert abs(weight.mean()) < 4 * std * weight.numel() ** -0.5
+    assert (layer.norm_weight == 128**-0.5).all() and (layer.alpha_bias == -8.0).all()
+
+
+def test_packed_queries_without_a_state_are_sequences_of_their_own():
+    layer, lengths = _layer(), [5, 0, 1, 6]
+    x, ends = _randn(1, sum(lengths), 10), [0, *_ends(lengths)]
+    got, state = layer.recall(x, cu_seqlens=torch.tensor(ends))
+    want = [layer.recall(x[:, a:b]) for a, b in itertools.pairwise(ends)]
+    _close("out", got, torch.cat([out for out, _ in want], 1), 1e-12)
+    assert state.memory.k.shape[0] == len(lengths)
+    for i, history in enumerate(state.convolution):
+        _close("history", history, torch.cat([s.convolution[i] for _, s in want]), 1e-12)

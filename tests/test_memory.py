@@ -392,3 +392,16 @@ def test_half_precision_by_the_yardstick(options, dtype):
     assert (
         got.values["state.weights[0]"].dtype == got.gradients["weights[0]"].dtype == torch.float32
     )
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_relu_has_a_slope_of_0_at_0(backend):
+    """Two hidden units are 0 at every key: to learn from them, or not, is another memory."""
+    inputs = make_inputs(1, 12, 1, 16, 16, 2)
+    with torch.no_grad():
+        inputs["weights"][0][..., :2] = 0.0
+    options = {"activation": "relu", "chunk_size": 4}
+    want = measure(reference.neural_memory, inputs, **options)
+    got = measure(neural_memory, inputs, **options, backend=backend)
+    assert_values(got.values, want.values)
+    assert_gradients(got.gradients, want.gradients)

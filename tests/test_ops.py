@@ -178,3 +178,21 @@ def test_a_backend_with_first_derivatives_only_says_so():
         (dq,) = torch.autograd.grad(o.sum(), packed.q, create_graph=True)
         with pytest.raises(RuntimeError, match=r"^backend: got 'triton', .* take backend='torch'"):
             dq.sum().backward()
+
+
+@pytest.mark.parametrize("op", [_memory, _reader])
+def test_second_derivatives_under_autocast(op):
+    """Are those outside it, to the bit: nothing is rounded to the dtype of autocast."""
+    function, leaves = op()
+    leaves = [x.detach().float().requires_grad_() for x in leaves]  # autocast leaves float64 alone
+
+    def second():
+        out = function(*leaves)
+        total = sum(x.square().sum() for x in (out if isinstance(out, tuple) else (out,)))
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+
+    want = second()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = second()
+    assert all(map(torch.equal, got, want))

@@ -1,6 +1,7 @@
 """A state carries all there is: a sequence cut anywhere, packed or branched is the whole one."""
 
 import copy
+import dataclasses
 import io
 import operator
 from itertools import pairwise
@@ -412,3 +413,44 @@ def test_what_lies_behind_an_open_chunk_has_no_effect():
     assert_values(_values(runs[1]), _values(runs[0]), 0.0)
     reads = [{"o": retrieve(inputs["q"], s, **options)} for s in (state, dirty)]
     assert_values(reads[1], reads[0], 0.0)
+
+
+def test_weights_behind_a_state_are_not_read():
+    """They may be anything, NaN too: the state is in their place, and their gradient is zero."""
+    inputs = make_inputs(2, 20, 2, 4, 6, 2)
+    _, state = neural_memory(**inputs, output_final_state=True)
+    past = {"initial_state": state.detach()}
+    want, _ = neural_memory(**inputs, **past)
+    nothing = tuple(torch.full_like(w, torch.nan, requires_grad=True) for w in inputs["weights"])
+    got, _ = neural_memory(**inputs | {"weights": nothing}, **past)
+    assert torch.equal(got, want)
+    for grad in torch.autograd.grad(got.sum(), nothing):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_a_state_takes_the_dtype_of_the_gates_it_goes_on_with(T):
+    inputs = _without_gradients(make_inputs(1, 5, 1, 4, 6, 2))
+    _, state = neural_memory(**inputs, output_final_state=True)
+    more = piece(inputs, 0, T)
+    more |= {name: more[name].to(torch.bfloat16) for name in ("theta", "alpha", "eta")}
+    _, after = neural_memory(**more, initial_state=state, output_final_state=True)
+    for name in ("theta", "alpha", "eta"):
+        gate = getattr(after, name)
+        assert gate.dtype == torch.bfloat16
+        assert torch.equal(gate[:, :5], getattr(state, name)[:, :5].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_what_lies_behind_an_open_chunk_has_no_gradient(T):
+    """Nor does it stay: rows of a state that are not tokens are zero, whatever they were."""
+    inputs = _without_gradients(make_inputs(1, 5, 1, 4, 6, 2))
+    _, state = neural_memory(**inputs, output_final_state=True)
+    k = state.k.clone()
+    k[:, 5:] = 7.0
+    k.requires_grad_()
+    past = {"initial_state": dataclasses.replace(state, k=k)}
+    _, after = neural_memory(**piece(inputs, 0, T), **past, output_final_state=True)
+    assert not after.k[:, 5 + T :].any()
+    (grad,) = torch.autograd.grad(after.k.sum(), k)
+    assert torch.equal(grad[:, :5], torch.ones_like(grad[:, :5])) and not grad[:, 5:].any()

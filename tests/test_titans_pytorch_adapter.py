@@ -200,6 +200,9 @@ def test_what_is_stored_need_not_be_what_is_asked():
         return [first, second]
 
     _agree(*pair, ask, inputs)
+    state = pair[1](one, store_seq=other)[1]
+    assert state.seq_index == 9
+    assert pair[1](one, store_seq=other[:, :3], state=state)[1].seq_index == 12
     # A token without its dimension.
     _agree(*pair, lambda memory: [memory(x[:, 0])[0]], {"seq": x})
 
@@ -209,6 +212,22 @@ def test_masked_tokens_are_not_learned():
     pair = _pair(heads=2, dim_head=4)
     _agree(*pair, lambda memory: [memory(x, store_mask=mask)[0]], {"seq": x})
     assert not torch.equal(pair[1](x, store_mask=mask)[0], pair[1](x)[0])
+
+
+def test_what_is_masked_may_have_any_rate():
+    """One that is not finite too: it is not multiplied by 0."""
+    _, ours = _pair(heads=2, dim_head=4)
+    x, mask = _tokens(2, 9, 8).detach(), torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 3] = mask[1, 6:] = False
+    want, _ = ours(x, store_mask=mask)
+    rate = ours.adaptive_step_transform
+
+    def infinite(steps):  # [B heads, T]
+        return rate(steps).where(mask.repeat_interleave(2, 0), torch.inf)
+
+    ours.adaptive_step_transform = infinite
+    got, _ = ours(x, store_mask=mask)
+    assert torch.equal(got, want)
 
 
 def test_another_batch_size_for_a_call():
