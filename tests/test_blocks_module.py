@@ -191,7 +191,13 @@ INPUTS = [
         "MAC",
         lambda s: (X[:1], s),
         ValueError,
-        "state.keys: got shape [2, 2, 6, 8], takes [N, 2, segment, heads * dim_head] = [1, 2, 6,",
+        "state.length: got shape [2], takes [N] = [1]",
+    ),
+    (
+        "MAC",
+        lambda s: (X, _with(s, keys=s.keys[:, :, 1:])),
+        ValueError,
+        "state.keys: got shape [2, 2, 5, 8], takes [N, 2, segment, heads * dim_head] = [2, 2, 6,",
     ),
     ("MAC", lambda s: (X, _with(s, values=s.keys.float())), TypeError, "state.values: got dtype"),
     (

@@ -18,7 +18,7 @@ import reference
 from titans_kernels import NeuralMemory
 from titans_kernels import neural_memory as operator
 from titans_kernels.layers import LayerState
-from titans_kernels.layers.convolution import ShortConvolution
+from titans_kernels.layers.convolution import ShortConvolution, convolve
 
 # The module: titans_kernels.layers.neural_memory the name could be mistaken for the operator.
 module = importlib.import_module("titans_kernels.layers.neural_memory")
@@ -477,10 +477,11 @@ def test_a_filter_of_one_tap_has_no_history(lengths):
     if lengths is not None:
         cu_seqlens = torch.tensor([0, *_ends(lengths)])
     convolution = ShortConvolution(6, 1, dtype=torch.float64)
-    y, history = convolution(x, None, cu_seqlens)
-    assert torch.equal(y, x * convolution.weight[:, 0])
+    filters = [convolution()]
+    y, (history,) = convolve(filters, [x], None, cu_seqlens)
+    assert torch.equal(y[:, 0], x * convolution.weight[:, 0])
     assert history.shape == (len(lengths or [8]), 0, 6)
-    again, history = convolution(x, history, cu_seqlens)
+    again, (history,) = convolve(filters, [x], [history], cu_seqlens)
     assert torch.equal(again, y) and history.shape[1] == 0
 
 

@@ -190,9 +190,15 @@ def state(
             raise ValueError(
                 f"{name}.{part}: got {len(matrices)} layers, takes {len(layer_shapes)}"
             )
+        wide = torch.promote_types(q.dtype, torch.float32)
         for i, (x, (d_in, d_out)) in enumerate(zip(matrices, layer_shapes, strict=True)):
             takes = (sequences, q.shape[2], d_in, d_out)
             shape(f"{name}.{part}[{i}]", x, takes, "[N, H, d_in, d_out]")
+            if x.dtype != wide:
+                raise TypeError(
+                    f"{name}.{part}[{i}]: got dtype {x.dtype}, takes {wide}, as it was returned; "
+                    "a wrapper that casts its inputs (FSDP: cast_forward_inputs) rounds states"
+                )
 
     for part in ("k", "v", "theta", "alpha", "eta"):
         floating(f"{name}.{part}", getattr(value, part), q)

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from .nonfinite import separate
 from .packing import Options, Packed, Reading
+from .transforms import transforming
 
 _PACKED = (
     "Tensor q, Tensor k, Tensor v, Tensor theta, Tensor alpha, Tensor eta, Tensor[] weights, "
@@ -52,6 +54,25 @@ def _dense(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _transformed(tensors: Sequence[Tensor], backend: str) -> bool:
+    """Whether to compute by PyTorch's own operations, which every transformation goes through.
+
+    A custom op drops the tangents of forward-mode differentiation without a word, and `torch.func`
+    does not go through its backward.
+    """
+    if not transforming():
+        return False
+    duals = (forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    if not torch._C._are_functorch_transforms_active() and not any(duals):
+        return False
+    if backend != "torch":
+        raise RuntimeError(
+            f"backend: got {backend!r}, which takes neither the transforms of torch.func nor dual "
+            "numbers; those take backend='torch'"
+        )
+    return True
+
+
 def _saves(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
@@ -64,6 +85,8 @@ def neural_memory(
 ) -> tuple[Tensor, list[Tensor]]:
     """Answers [Mq, H, D]; if asked, weights and momenta, [N, H, d_in, d_out], at the last chunk."""
     chunk_size = min(chunk_size, 2**31 - 1)  # kernels count a chunk's tokens in int32
+    if _transformed(packed.differentiable(), backend):
+        return _module(backend).forward(packed, options, chunk_size, longest, [], final)
     save = _saves(packed.differentiable())
     o, state, _ = _memory(*packed, backend, *options, chunk_size, longest, final, save)
     return o, state
@@ -171,6 +194,8 @@ torch.library.register_autograd(
 
 def retrieve(reading: Reading, backend: str, options: Options, longest: int) -> Tensor:
     """Answers [M, H, D]."""
+    if _transformed(reading.differentiable(), backend):
+        return _module(backend).retrieve(reading, options, longest)
     return _retrieve(*reading, backend, *options, longest)
 
 
@@ -286,8 +311,16 @@ def _second_vjp(
             [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors]
             for tensors in (inputs, cotangents)
         )
+        outputs = [(y, d) for y, d in zip(forward(*x), dy, strict=True) if y.requires_grad]
+        if not outputs:  # no tokens, nothing that depends on the inputs
+            return [None] * len(x), [None] * len(dy)
         dx = torch.autograd.grad(
-            forward(*x), x, dy, create_graph=True, allow_unused=True, materialize_grads=True
+            [y for y, _ in outputs],
+            x,
+            [d for _, d in outputs],
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
         )
         pairs = [
             (d, dd) for d, dd in zip(dx, ddgrads, strict=True) if dd is not None and d.requires_grad

@@ -4,14 +4,74 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-@dataclass(eq=False)  # tensors have no one truth value
-class MemoryState:
+
+class State:
+    """N sequences after any number of tokens; its size does not depend on how many.
+
+    A pytree: `torch.utils._pytree.tree_map` reaches every tensor; `torch.load` takes it with
+    `weights_only=True`. The first dimension of every tensor is the sequences.
+    """
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A state of `function(tensor)` for every tensor, the first dimension being sequences."""
+        values, spec = pytree.tree_flatten(self)
+        return pytree.tree_unflatten([function(x) for x in values], spec)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
+        """The same values on another device. Dtypes stay: a memory is float32 at least."""
+        if isinstance(device, (torch.dtype, Tensor)):
+            got = device if isinstance(device, torch.dtype) else "a Tensor"
+            raise TypeError(f"device: got {got}, takes a device; a state keeps its dtypes")
+        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def clone(self) -> Self:
+        """The same values in tensors of their own, gradients flow through."""
+        return self.map(Tensor.clone)
+
+    def detach(self) -> Self:
+        """The same values, cut off from the graph: truncated backpropagation."""
+        return self.map(Tensor.detach)
+
+    def index_select(self, sequences: Tensor) -> Self:
+        """The state of the given sequences, in their order: beam search, dropping finished rows."""
+        return self.map(lambda x: x.index_select(0, sequences.to(x.device)))
+
+
+C = TypeVar("C", bound=type)
+
+
+def registered(cls: C) -> C:
+    """Make a dataclass of tensors a pytree that `torch.load` trusts."""
+    names = [field.name for field in fields(cls)]
+    pytree.register_pytree_node(
+        cls,
+        lambda state: ([getattr(state, name) for name in names], None),
+        lambda values, _: cls(*values),
+        serialized_type_name=f"titans_kernels.{cls.__name__}",
+        flatten_with_keys_fn=lambda state: (
+            [(pytree.GetAttrKey(name), getattr(state, name)) for name in names],
+            None,
+        ),
+    )
+    torch.serialization.add_safe_globals([cls])
+    return cls
+
+
+# eq=False: tensors have no one truth value.
+
+
+@registered
+@dataclass(eq=False)
+class MemoryState(State):
     """The memory of N sequences after any number of tokens.
 
     `weights` and `momentum` stand at the last whole chunk. The tokens since then, the open chunk,
@@ -39,34 +99,6 @@ class MemoryState:
     eta: Tensor
     length: Tensor
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> MemoryState:
-        """A state of `function(tensor)` for every tensor, the first dimension being sequences."""
-        values, spec = pytree.tree_flatten(self)
-        return pytree.tree_unflatten([function(x) for x in values], spec)
-
-    def detach(self) -> MemoryState:
-        """The same values, cut off from the graph: truncated backpropagation."""
-        return self.map(Tensor.detach)
-
-    def index_select(self, sequences: Tensor) -> MemoryState:
-        """The state of the given sequences, in their order: beam search, dropping finished rows."""
-        return self.map(lambda x: x.index_select(0, sequences.to(x.device)))
-
     @property
     def chunk_size(self) -> int:
         return self.k.shape[1]
-
-
-_NAMES = tuple(field.name for field in fields(MemoryState))
-
-pytree.register_pytree_node(
-    MemoryState,
-    lambda state: ([getattr(state, name) for name in _NAMES], None),
-    lambda values, _: MemoryState(*values),
-    serialized_type_name="titans_kernels.MemoryState",
-    flatten_with_keys_fn=lambda state: (
-        [(pytree.GetAttrKey(name), getattr(state, name)) for name in _NAMES],
-        None,
-    ),
-)
-torch.serialization.add_safe_globals([MemoryState])

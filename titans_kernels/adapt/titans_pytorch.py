@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..layers import checking
+from ..layers.neural_memory import MemoryWeights
 from ..memory import neural_memory, retrieve
 from ..state import MemoryState
 
@@ -232,7 +233,7 @@ class TitansPytorchMemory(nn.Module):
         weights = _memory_mlp(model, dim_head, default_model_kwargs)
         if per_head_learned_parameters:
             weights = [w.repeat(heads, 1, 1) for w in weights]
-        self.memory_model_parameters = nn.ParameterList(weights)
+        self.memory_model_parameters = MemoryWeights(weights)
 
         self.to_adaptive_step = gate(init_adaptive_step_bias)
         self.to_decay_factor = gate(init_decay_bias)
@@ -280,7 +281,7 @@ class TitansPytorchMemory(nn.Module):
         k, v = self.k_norm(self._heads(self.to_keys(x))), self._heads(self.to_values(x))
         q = self.q_norm(self._heads(self.to_queries(asked)))
         theta, alpha, eta = self._gates(x, store_mask)
-        weights = tuple(w.expand(self.heads, -1, -1) for w in self.memory_model_parameters)
+        weights = tuple(w.expand(self.heads, -1, -1) for w in self.memory_model_parameters())
         form: dict[str, Any] = {"activation": "gelu", "residual": False, "backend": self.backend}
         o, memory = neural_memory(
             *(q if together else k, k, v, theta, alpha, eta, weights),

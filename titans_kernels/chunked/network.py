@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..transforms import differentiable
+
 EPS = 1e-6
 Values = list[Tensor]  # a function's value and its first derivatives
 
@@ -106,7 +108,7 @@ class Standardised(NamedTuple):
 
     @classmethod
     def of(cls, y: Tensor) -> Standardised:
-        if not torch.is_grad_enabled():
+        if not differentiable():
             return cls(y, *torch.native_layer_norm(y, y.shape[-1:], None, None, EPS))
         mean = y.mean(-1, keepdim=True)
         centred = y - mean
@@ -115,7 +117,7 @@ class Standardised(NamedTuple):
 
     def jacobian(self, u: Tensor) -> Tensor:
         """dn/dy times u: rstd (u - mean(u) - n mean(u n)). It is its own transpose."""
-        if not torch.is_grad_enabled():
+        if not differentiable():
             return torch.ops.aten.native_layer_norm_backward(
                 u, self.y, u.shape[-1:], self.mean, self.rstd, None, None, (True, False, False)
             )[0]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..packing import Options, Packed, accumulator
+from ..transforms import differentiable
 from .block import (
     BlockGrad,
     Chunk,
@@ -194,7 +195,7 @@ def run(
         return o, []
     anchor = running = initial_state(packed, layout)
     finished = []
-    memory = None if torch.is_grad_enabled() else Recycler()
+    memory = None if differentiable() else Recycler()
     for span in layout.spans():
         rows = span.sequences * heads
         if rows < len(anchor[0]):  # sequences that end here

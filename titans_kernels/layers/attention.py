@@ -7,10 +7,15 @@ so nothing depends on how long a sequence has become, nor on where it was cut.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..transforms import transforming
 from . import checking
 from .numeric import wide
 from .state import WindowState
@@ -84,11 +89,19 @@ class Attention(nn.Module):
             k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
             visible = F.pad(visible, (len(prefix), 0), value=True)
         mask = visible[:, None] if visible.dim() == 3 else visible
-        o = F.scaled_dot_product_attention(q, k, v, mask, scale=self.dim_head**-0.5)
+        with _any_derivative():
+            o = F.scaled_dot_product_attention(q, k, v, mask, scale=self.dim_head**-0.5)
         return o.transpose(1, 2).flatten(2)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, dim_head={self.dim_head}, rotary={self.rotary}"
+
+
+def _any_derivative() -> AbstractContextManager[Any]:
+    """The fused forms of attention have first derivatives in reverse, and no others."""
+    if transforming():
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def _rotate(x: Tensor, positions: Tensor) -> Tensor:
@@ -229,19 +242,25 @@ class SegmentAttention(Attention):
         self,
         x: Tensor,
         retrieved: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        keys: Tensor | None,
+        values: Tensor | None,
         length: Tensor,
         prefix: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens x [N, n, dim], or packed, of open segments with `length` [N] tokens before them.
 
-        Returns (y, of x's shape, keys, values), the latter [N, 2, segment, inner] with x entered.
+        Returns (y, of x's shape, keys, values), the latter [N, 2, segment, inner] with x entered;
+        None before a sequence's first token.
         """
         N, n, token = len(length), x.shape[1], None
         q, both = self.q_proj(x), torch.stack([retrieved, x], 2)
         k, v = self.k_proj(both), self.v_proj(both)  # [B, T, 2, inner]
+        takes = (N, 2, self.segment, k.shape[3])
+        if keys is None or values is None:
+            keys = values = k.new_zeros(takes)
+        for name, held in (("keys", keys), ("values", values)):
+            checking.held(f"state.{name}", held, takes, "[N, 2, segment, heads * dim_head]", k)
         if cu_seqlens is not None:  # a row for every sequence, as long as the longest
             _, token = _rows(cu_seqlens, x)
             n = max(cu_seqlens.diff().tolist(), default=0)

@@ -11,6 +11,7 @@ from .. import checks
 from . import checking
 from .neural_memory import NeuralMemory
 from .numeric import unit, wide
+from .sealing import Sealing, unsealed
 from .state import State
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class MemoryOptions(TypedDict, total=False):
     backend: str
 
 
-class Block(nn.Module, Generic[S]):
+class Block(Sealing, Generic[S]):
     """A memory and persistent tokens [n_persistent, dim], learned, the same for every input.
 
     A block is what stands between tokens and tokens. The residual around it, the norm before it and
@@ -91,8 +92,11 @@ class Block(nn.Module, Generic[S]):
             (out, state): [B, T, dim], and what to pass on to go on exactly, wherever x was cut,
             gradients included.
         """
-        checking.tokens(x, "[B, T, dim]", 3, self.memory.q_proj.weight)
+        checking.tokens(x, "[B, T, dim]", 3, self.dim)
+        if self.persistent is not None:
+            checking.alike(x, self.persistent)
         checking.packing(x, cu_seqlens)
+        state = unsealed(state)
         if state is None:
             state = self._start(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
         elif not isinstance(state, self.state_type):
@@ -102,7 +106,7 @@ class Block(nn.Module, Generic[S]):
 
     def step(self, x: Tensor, state: S | None = None) -> tuple[Tensor, S]:
         """One token of every sequence: [B, dim] -> ([B, dim], state). `forward` of length 1."""
-        checking.tokens(x, "[B, dim]", 2, self.memory.q_proj.weight)
+        checking.tokens(x, "[B, dim]", 2, self.dim)
         out, state = self(x[:, None], state)
         return out[:, 0], state
 
@@ -115,10 +119,6 @@ class Block(nn.Module, Generic[S]):
             return None
         _, state = self._read(self.persistent[None], None, None)
         return repeat(state, sequences)
-
-    def _nothing(self, sequences: int) -> Tensor:
-        """x of sequences without a token."""
-        return self.memory.q_proj.weight.new_empty(sequences, 0, self.dim)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, heads={self.heads}, n_persistent={self.n_persistent}"

@@ -47,12 +47,18 @@ def parameter_dtype(dtype: Any) -> None:
         raise TypeError(f"dtype: got {dtype}, takes None or one of {takes}")
 
 
-def tokens(x: Any, takes: str, rank: int, weight: Tensor) -> None:
-    """x of that rank, whose last dimension a projection of this weight takes."""
+def tokens(x: Any, takes: str, rank: int, dim: int) -> None:
+    """x of that rank and width."""
     checks.floating("x", x)
-    dim = weight.shape[1]
     if x.dim() != rank or x.shape[-1] != dim:
         raise ValueError(f"x: got shape {list(x.shape)}, takes {takes} with dim = {dim}")
+
+
+def alike(x: Tensor, weight: Tensor) -> None:
+    """x on the device and, outside autocast, of the dtype of one of the layer's own parameters.
+
+    Not of a projection's: those may be quantised, offloaded or sharded until they are called.
+    """
     if x.device != weight.device:
         raise ValueError(f"x: got device {x.device}, takes that of the layer, {weight.device}")
     if x.dtype != weight.dtype:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class ShortConvolution(nn.Module):
-    """`y_t = sum_j weight[:, j] x_{t - size + 1 + j}`, and what a sequence's next token needs of x.
+    """The filters of one stream, which `convolve` applies. No bias.
 
-    A sum of `size` shifted products: a token's result does not depend on how the sequence is cut,
-    not even in its rounding. No bias. Accumulates in float32 at least and returns that.
+    They are read by calling the module, as every weight is: hooks that fetch weights (offloading,
+    sharding) run on calls alone.
 
     Args:
         channels (int): width of x.
@@ -36,31 +36,37 @@ class ShortConvolution(nn.Module):
         """Normal, so that inputs of unit variance give outputs of unit variance."""
         nn.init.normal_(self.weight, std=self.size**-0.5)
 
-    def forward(
-        self, x: Tensor, history: Tensor | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x [B, T, channels], history [N, size - 1, channels] or None for zeros -> (y, history)."""
-        y, (past,) = convolve([self], [x], None if history is None else [history], cu_seqlens)
-        return y[:, 0], past
+    def forward(self) -> Tensor:
+        """The filters, [channels, size]."""
+        return self.weight
 
     def extra_repr(self) -> str:
         return f"{self.channels}, size={self.size}"
 
 
 def convolve(
-    convolutions: Sequence[ShortConvolution],
+    filters: Sequence[Tensor],
     streams: Sequence[Tensor],
     histories: Sequence[Tensor] | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """S streams [B, T, channels], each through a convolution of its own, in the steps of one.
 
+        y_t = sum_j filter[:, j] x_{t - size + 1 + j}
+
+    A sum of `size` shifted products: a token's result does not depend on how the sequence is cut,
+    not even in its rounding. Accumulates in float32 at least and returns that.
+
+    Args:
+        filters: S of [channels, size].
+        histories: the last inputs of every stream, S of [N, size - 1, channels]; None for zeros.
+
     Returns:
         (y, histories): [B, S, T, channels]; S of [N, size - 1, channels].
     """
-    x, before = streams[0], convolutions[0].size - 1
+    weight = torch.stack(list(filters))  # [S, channels, size]
+    x, before = streams[0], weight.shape[-1] - 1
     B, T, channels = x.shape
-    weight = torch.stack([c.weight for c in convolutions])  # [S, channels, size]
     if histories is None:
         sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
         histories = [x.new_zeros(sequences, before, channels)] * len(streams)

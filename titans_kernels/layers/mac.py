@@ -106,9 +106,9 @@ class TitansMAC(Block[ContextState]):
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         opened = [0]  # tokens in the open segments; any will do for a step, which never overshoots
         if state is None:
-            state = self._empty(sequences)
+            state = self._empty(x, sequences)
         else:
-            self._check_state(x, state, sequences)
+            checking.lengths("state.length", state.length, sequences, self.segment - 1, x)
             if T != 1:
                 opened = state.length.tolist() or opened
         lengths = [T] if cu_seqlens is None else cu_seqlens.diff().tolist() or [T]
@@ -168,22 +168,13 @@ class TitansMAC(Block[ContextState]):
         length = length.masked_fill(full, 0)
         return self.gate(y, m), ContextState(memory, past, keys, values, length)
 
-    def _empty(self, sequences: int) -> ContextState:
+    def _empty(self, x: Tensor, sequences: int) -> ContextState:
         """The state of sequences that have not begun."""
-        nothing = self._nothing(sequences)
-        k = self.attention.k_proj(nothing)  # in the dtype that autocast gives it
-        slots = k.new_zeros(sequences, 2, self.segment, k.shape[2])
+        nothing = x.new_empty(sequences, 0, self.dim)
+        length = torch.zeros(sequences, dtype=torch.int32, device=x.device)
         _, memory = self.memory(nothing)
-        length = torch.zeros(sequences, dtype=torch.int32, device=k.device)
-        return ContextState(memory, memory, slots, slots, length)
-
-    def _check_state(self, x: Tensor, state: ContextState, sequences: int) -> None:
-        k = self.attention.k_proj(x[:, :0])
-        takes = (sequences, 2, self.segment, k.shape[2])
-        for name in ("keys", "values"):
-            held = getattr(state, name)
-            checking.held(f"state.{name}", held, takes, "[N, 2, segment, heads * dim_head]", k)
-        checking.lengths("state.length", state.length, sequences, self.segment - 1, k)
+        _, keys, values = self.attention(nothing, nothing, None, None, length)
+        return ContextState(memory, memory, keys, values, length)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, segment={self.segment}"

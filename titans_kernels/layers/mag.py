@@ -79,14 +79,14 @@ class TitansMAG(Block[HybridState]):
     def _read(
         self, x: Tensor, state: HybridState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, HybridState]:
-        y, attention = self.attention(x, state and state.attention, cu_seqlens, self.persistent)
         m, memory = self.memory(x, state and state.memory, cu_seqlens)
+        y, attention = self.attention(x, state and state.attention, cu_seqlens, self.persistent)
         return self.gate(y, m), HybridState(memory, attention)
 
     def _start(self, sequences: int) -> HybridState | None:
         if self.persistent is None:
             return None
         # The window holds no persistent token: attention sees them all, always.
-        _, attention = self.attention(self._nothing(sequences))
+        _, attention = self.attention(self.persistent.new_empty(sequences, 0, self.dim))
         _, memory = self.memory(self.persistent[None])
         return HybridState(repeat(memory, sequences), attention)

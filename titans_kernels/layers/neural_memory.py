@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +13,20 @@ from ..memory import neural_memory, retrieve
 from . import checking
 from .convolution import ShortConvolution, convolve
 from .numeric import unit, wide
+from .sealing import Sealing, unsealed
 from .state import LayerState
 
 
-class NeuralMemory(nn.Module):
+class MemoryWeights(nn.ParameterList):
+    """M_0, read by calling it as every weight is: hooks that fetch weights run on calls alone."""
+
+    __call__ = nn.Module.__call__
+
+    def forward(self) -> tuple[Tensor, ...]:
+        return tuple(self)
+
+
+class NeuralMemory(Sealing):
     """Titans' neural memory between its projections: [B, T, dim] -> [B, T, dim].
 
         x --+-- q_proj, k_proj, v_proj -- convolutions -- SiLU -- unit length --+-- q, k, v
@@ -150,7 +159,8 @@ class NeuralMemory(nn.Module):
 
         hidden = [expansion * self.dim_head] * (depth - 1)
         widths = [self.dim_head, *hidden, self.dim_head]
-        self.weights = nn.ParameterList(parameter(heads, *shape) for shape in pairwise(widths))
+        self.shapes: list[tuple[int, ...]] = list(pairwise(widths))
+        self.weights = MemoryWeights(parameter(heads, *shape) for shape in self.shapes)
         self.norm_weight = parameter(heads, self.dim_head) if norm else None
         self.norm_bias = parameter(heads, self.dim_head) if norm else None
 
@@ -183,7 +193,11 @@ class NeuralMemory(nn.Module):
                 parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
     def forward(
-        self, x: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        learn: bool = True,
     ) -> tuple[Tensor, LayerState]:
         """Read x, and learn from it.
 
@@ -192,13 +206,19 @@ class NeuralMemory(nn.Module):
             state (LayerState | None): where B sequences (N with cu_seqlens) go on.
             cu_seqlens (Tensor | None): [N + 1] int32 or int64, 0 first and T last: sequences packed
                 end to end in a batch of 1.
+            learn (bool): False reads x without learning from it: `recall`. Default: True.
 
         Returns:
             (out, state): [B, T, dim], and what to pass on to go on exactly, wherever x was cut,
             gradients included. The memory and its gates are float32 at least, whatever x is.
         """
-        checking.tokens(x, "[B, T, dim]", 3, self.q_proj.weight)
+        checking.tokens(x, "[B, T, dim]", 3, self.dim)
+        checking.alike(x, self.out_norm)
         checking.packing(x, cu_seqlens)
+        checks.boolean("learn", learn)
+        state = unsealed(state)
+        if not learn:
+            return self._recall(x, state, cu_seqlens)
         projected = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         if state is not None:
             self._check_state(state, projected[0], cu_seqlens)
@@ -213,7 +233,7 @@ class NeuralMemory(nn.Module):
             theta=self.max_learning_rate * theta,
             alpha=alpha,
             eta=eta,
-            weights=tuple(self.weights),
+            weights=self.weights(),
             norm=self._norm(),
             activation=self.activation,
             residual=self.residual,
@@ -231,7 +251,7 @@ class NeuralMemory(nn.Module):
 
         `forward` of length 1. It costs a pass over the open chunk, at most chunk_size tokens.
         """
-        checking.tokens(x, "[B, dim]", 2, self.q_proj.weight)
+        checking.tokens(x, "[B, dim]", 2, self.dim)
         out, state = self(x[:, None], state)
         return out[:, 0], state
 
@@ -247,12 +267,15 @@ class NeuralMemory(nn.Module):
             (out, state): [B, T, dim], and the state with its memory untouched. Only the queries'
             convolution has moved on, so that questions too may be cut anywhere.
         """
-        checking.tokens(x, "[B, T, dim]", 3, self.q_proj.weight)
-        checking.packing(x, cu_seqlens)
+        return self(x, state, cu_seqlens, learn=False)
+
+    def _recall(
+        self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
         q = self.q_proj(x)
         if state is None:
             nowhere = None if cu_seqlens is None else torch.zeros_like(cu_seqlens)
-            _, state = self(x[:, :0], cu_seqlens=nowhere)
+            _, state = self.forward(x[:, :0], cu_seqlens=nowhere)
         else:
             self._check_state(state, q, cu_seqlens)
 
@@ -280,14 +303,14 @@ class NeuralMemory(nn.Module):
         Longer ones go one at a time, in a third of the memory.
         """
         size = len(projected) if projected[0].shape[1] == 1 else 1
-        convolutions = [cast(ShortConvolution, c) for c in self.convolutions]
+        filters = [convolution() for convolution in self.convolutions]
         heads: list[Tensor] = []
         kept: list[Tensor] = []
         for i in range(0, len(projected), size):
             part = slice(i, i + size)
-            if convolutions:
+            if filters:
                 before = None if history is None else history[part]
-                y, last = convolve(convolutions[part], projected[part], before, cu_seqlens)
+                y, last = convolve(filters[part], projected[part], before, cu_seqlens)
                 kept.extend(last)
             else:
                 y = torch.stack(projected[part], 1)
@@ -323,7 +346,7 @@ class NeuralMemory(nn.Module):
             state,
             q.unflatten(-1, (self.heads, self.dim_head)),
             sequences=q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1,
-            shapes=[tuple(w.shape[1:]) for w in self.weights],
+            shapes=self.shapes,
             gate_rank=4 if self.per_layer_gates else 3,
             chunk_size=self.chunk_size,
             history=self.conv_size - 1 if self.conv_size else None,

@@ -2,65 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..state import MemoryState
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from ..state import MemoryState, State, registered
 
 
-class State:
-    """N sequences after any number of tokens; its size does not depend on how many.
-
-    A pytree: `torch.utils._pytree.tree_map` reaches every tensor; `torch.load` takes it with
-    `weights_only=True`. The first dimension of every tensor is the sequences.
-    """
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """A state of `function(tensor)` for every tensor, the first dimension being sequences."""
-        values, spec = pytree.tree_flatten(self)
-        return pytree.tree_unflatten([function(x) for x in values], spec)
-
-    def detach(self) -> Self:
-        """The same values, cut off from the graph: truncated backpropagation."""
-        return self.map(Tensor.detach)
-
-    def index_select(self, sequences: Tensor) -> Self:
-        """The state of the given sequences, in their order: beam search, dropping finished rows."""
-        return self.map(lambda x: x.index_select(0, sequences.to(x.device)))
-
-
-C = TypeVar("C", bound=type)
-
-
-def _registered(cls: C) -> C:
-    """Make a dataclass of tensors a pytree that `torch.load` trusts."""
-    names = [field.name for field in fields(cls)]
-    pytree.register_pytree_node(
-        cls,
-        lambda state: ([getattr(state, name) for name in names], None),
-        lambda values, _: cls(*values),
-        serialized_type_name=f"titans_kernels.{cls.__name__}",
-        flatten_with_keys_fn=lambda state: (
-            [(pytree.GetAttrKey(name), getattr(state, name)) for name in names],
-            None,
-        ),
-    )
-    torch.serialization.add_safe_globals([cls])
-    return cls
-
-
-# eq=False: tensors have no one truth value.
-
-
-@_registered
+@registered
 @dataclass(eq=False)
 class LayerState(State):
     """What `NeuralMemory` and `TitansLMM` carry.
@@ -75,7 +27,7 @@ class LayerState(State):
     convolution: tuple[Tensor, ...]
 
 
-@_registered
+@registered
 @dataclass(eq=False)
 class WindowState(State):
     """What sliding-window attention carries: the tokens that the next one still sees.
@@ -91,7 +43,7 @@ class WindowState(State):
     length: Tensor
 
 
-@_registered
+@registered
 @dataclass(eq=False)
 class HybridState(State):
     """What `TitansMAG` and `TitansMAL` carry.
@@ -105,7 +57,7 @@ class HybridState(State):
     attention: WindowState
 
 
-@_registered
+@registered
 @dataclass(eq=False)
 class ContextState(State):
     """What `TitansMAC` carries.

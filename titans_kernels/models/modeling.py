@@ -17,6 +17,7 @@ from ..adapt.cache import MemoryLayer, TitansCache, memory_layer
 from ..adapt.rows import rows_of
 from ..adapt.variants import build
 from ..layers.block import Block
+from ..layers.sealing import Sealing
 from ..layers.state import State
 from .configuration import TitansConfig
 
@@ -36,7 +37,7 @@ class TitansMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class TitansDecoderLayer(GradientCheckpointingLayer):
+class TitansDecoderLayer(Sealing, GradientCheckpointingLayer):
     """x + block(norm(x)), then x + mlp(norm(x)); state in, state out."""
 
     def __init__(self, config: TitansConfig) -> None:
