@@ -62,8 +62,10 @@ def test_public_names():
     assert sorted(titans_kernels.__all__) == [
         "MemoryState",
         "NeuralMemory",
+        "from_pretrained",
         "neural_memory",
         "replace",
+        "restore",
         "retrieve",
         "warmup",
     ]

@@ -48,6 +48,8 @@ class TitansAttention(nn.Module):
         self.variant, self.layer_idx = variant, layer_idx
         self.beside, self.others = False, 0
         self.gate: ClosedGate | None = None
+        # What it took the place of, for `restore`: in a tuple, which is no submodule.
+        self.replaced: tuple[nn.Module, ...] | None = None
         self.block = build(variant, hidden_size, heads=num_heads, **options)
 
     def forward(
@@ -80,7 +82,7 @@ class TitansAttention(nn.Module):
 
         if cu_seqlens is None:
             cu_seqlens = host.get("cu_seq_lens_q")  # its name in transformers
-        x, rows = hidden_states, None
+        x, rows = self._in_own_dtype(hidden_states), None
         if cu_seqlens is None:
             past = state is not None
             rows = rows_once(x, attention_mask, host.get("position_ids"), past)
@@ -93,7 +95,14 @@ class TitansAttention(nn.Module):
             out = self.gate(out)
         if layer is not None:
             layer.store(state, hidden_states.shape[1])
-        return (out if rows is None else rows.unpack(out)), None, past_key_values
+        out = out if rows is None else rows.unpack(out)
+        return out.to(hidden_states.dtype), None, past_key_values
+
+    def _in_own_dtype(self, x: Tensor) -> Tensor:
+        """A host may compute in another, in bfloat16 around a layer that trains in float32."""
+        if torch.is_autocast_enabled(x.device.type):
+            return x
+        return x.to(self.block.memory.out_norm.dtype)
 
     def extra_repr(self) -> str:
         return f"variant={self.variant}, layer_idx={self.layer_idx}"

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import checks
@@ -18,6 +19,7 @@ from .attention import (
     TitansAttention,
     gated,
 )
+from .recipes import remember
 
 Where = str | Callable[[str, nn.Module], bool]
 
@@ -37,8 +39,10 @@ def replace(
     Takes attention of Hugging Face transformers (decoders: GPT-2, Llama, Qwen, ... with `generate`,
     caches, left padding, packed sequences), `nn.MultiheadAttention` of a sequence with itself, and
     modules that map [B, T, dim] to [B, T, dim]. The model is changed in place. A Titans layer reads
-    left to right, also where attention saw both ways. Freeze, train and save as ever; to load
-    what was saved, build the model, replace again, then `load_state_dict`.
+    left to right, also where attention saw both ways. Freeze, train and save as ever;
+    `titans_kernels.from_pretrained` loads what a changed model's `save_pretrained` saved; from a
+    state dict, build the model, replace again, then `load_state_dict`. `titans_kernels.restore`
+    undoes it.
 
     Args:
         where (str | Callable): a pattern such as "model.layers.[13].self_attn" (as file names are
@@ -82,13 +86,15 @@ def replace(
     chosen = {n: m for n, m in chosen.items() if not any(n.startswith(f"{o}.") for o in chosen)}
     others = 1 + max((_index(module) for module in model.modules()), default=-1)
     layers = {
-        name: _layer(name, module, variant, dim, heads, options) for name, module in chosen.items()
+        name: _layer(model, name, module, variant, dim, heads, options)
+        for name, module in chosen.items()
     }
     for name, layer in layers.items():
         module, layer.others = chosen[name], others
         layer.train(module.training)
         if mode == "replace":
             model.set_submodule(name, layer)
+            layer.replaced = _kept(model, module)
             continue
         if hasattr(module, "titans"):
             raise ValueError(f"where: {name} has a memory beside it already")
@@ -100,6 +106,8 @@ def replace(
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # its nested tensors are for its own attention only
+    call = {"variant": variant, "mode": mode, "dim": dim, "heads": heads} | options
+    remember(model, list(layers), call)
     return list(layers)
 
 
@@ -115,6 +123,7 @@ def _index(module: nn.Module) -> int:
 
 
 def _layer(
+    model: nn.Module,
     name: str,
     module: nn.Module,
     variant: str,
@@ -125,7 +134,6 @@ def _layer(
     """The Titans layer for the place of one module, of its width, heads, device and dtype."""
     kind = _convention(name, module)
     config = getattr(module, "config", None)
-    like = next(module.parameters(), None)
     if dim is None:
         linear = next((m for m in module.modules() if isinstance(m, nn.Linear)), None)
         dim = _first(module, "embed_dim", "hidden_size") or _first(config, "hidden_size")
@@ -136,8 +144,7 @@ def _layer(
         if size is None:
             raise ValueError(f"{what}: {name} does not say it, takes an int")
     assert dim is not None and heads is not None
-    if like is not None:
-        options = {"device": like.device, "dtype": like.dtype} | options
+    options = _place(model, module) | options
     index = _index(module)
     layer = kind(dim, heads, variant, layer_idx=None if index < 0 else index, **options)
     if isinstance(layer, InTransformers):
@@ -145,6 +152,35 @@ def _layer(
     if isinstance(layer, InMultihead):
         layer.batch_first = bool(module.batch_first)
     return layer
+
+
+def _kept(model: nn.Module, module: nn.Module) -> tuple[nn.Module, ...]:
+    """What was replaced, out of a GPU's way; without weights at hand there is nothing to keep."""
+    if any(p.is_meta for p in module.parameters()):
+        return ()
+    shared = {id(p) for p in model.parameters()}.intersection(map(id, module.parameters()))
+    return (module,) if shared else (module.cpu(),)
+
+
+def _place(model: nn.Module, module: nn.Module) -> dict[str, Any]:
+    """The device that the module computes on, and the dtype; not those that its weights rest in.
+
+    Offloaded weights are on the meta device between calls, quantised ones are integers.
+    """
+    parts = list(module.modules())
+    like = next(module.parameters(), None)
+    place: dict[str, Any] = {} if like is None else {"device": like.device}
+    for part in parts:
+        hook = getattr(part, "_hf_hook", None)  # of accelerate; several in a SequentialHook
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                place["device"] = torch.device(device)
+    weights = [*module.parameters(), *model.parameters()] if like is not None else []
+    dtypes = [getattr(part, "compute_dtype", None) for part in parts]  # of bitsandbytes, 4 bit
+    dtypes += [weight.dtype for weight in weights]
+    dtype = next((dtype for dtype in dtypes if dtype in checks.DTYPES), None)
+    return place if dtype is None else place | {"dtype": dtype}
 
 
 def _convention(name: str, module: nn.Module) -> type[TitansAttention]:

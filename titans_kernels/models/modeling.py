@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ from ..layers.block import Block
 from ..layers.sealing import Sealing
 from ..layers.state import State
 from .configuration import TitansConfig
+
+_POINTER = "modeling_titans"
+_AUTO_MAP = {
+    "AutoConfig": "TitansConfig",
+    "AutoModel": "TitansModel",
+    "AutoModelForCausalLM": "TitansForCausalLM",
+}
 
 
 class TitansMLP(nn.Module):
@@ -81,6 +89,19 @@ class TitansPreTrainedModel(PreTrainedModel):
         # For code that is not its own, transformers passes over modules without parameters of
         # their own, an MLP for one. It needs not: `torch.nn.init` there spares what was loaded.
         super()._initialize_weights(module)
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+        """As every model of transformers; with a file that tells `AutoModel` where to find Titans.
+
+        A process that has not imported `titans_kernels.models` then loads it by
+        `AutoModel.from_pretrained(..., trust_remote_code=True)`, and without that is told so.
+        """
+        self.config.auto_map = {name: f"{_POINTER}.{cls}" for name, cls in _AUTO_MAP.items()}
+        super().save_pretrained(save_directory, **options)
+        names = ", ".join(_AUTO_MAP.values())
+        text = f"from titans_kernels.models import {names}  # pip install 'titans_kernels[hf]'\n"
+        if Path(save_directory).is_dir():
+            Path(save_directory, f"{_POINTER}.py").write_text(text, encoding="utf-8")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
