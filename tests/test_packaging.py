@@ -63,10 +63,12 @@ def test_public_names():
         "MemoryState",
         "NeuralMemory",
         "from_pretrained",
+        "load_session",
         "neural_memory",
         "replace",
         "restore",
         "retrieve",
+        "save_session",
         "warmup",
     ]
     assert all(hasattr(titans_kernels, name) for name in titans_kernels.__all__)

@@ -3,6 +3,7 @@
 from .adapt import from_pretrained, replace, restore
 from .layers import NeuralMemory
 from .memory import neural_memory, retrieve
+from .sessions import load_session, save_session
 from .state import MemoryState
 from .warmup import warmup
 
@@ -10,10 +11,12 @@ __all__ = [
     "MemoryState",
     "NeuralMemory",
     "from_pretrained",
+    "load_session",
     "neural_memory",
     "replace",
     "restore",
     "retrieve",
+    "save_session",
     "warmup",
 ]
 __version__ = "0.1.0"

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
+from .. import sessions
 from ..layers.state import State
 
 
@@ -76,6 +78,14 @@ class TitansCache(Cache):
 
     def __init__(self, layers: int) -> None:
         super().__init__(layers=[MemoryLayer() for _ in range(layers)])
+
+    def to(self, device: torch.device | str) -> TitansCache:
+        """The same states on another device; dtypes stay."""
+        return sessions.move(self, device)
+
+    def clone(self) -> TitansCache:
+        """A copy, to go on in two ways."""
+        return sessions.clone(self)
 
     def detach(self) -> TitansCache:
         """The same states, cut off from the graph: truncated backpropagation."""

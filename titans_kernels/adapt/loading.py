@@ -103,13 +103,13 @@ def from_pretrained(
         _follow(self, recipe)
 
     space = {"__init__": init, "__module__": model_class.__module__}
-    following = type(model_class.__name__, (model_class,), space)
+    following: Any = type(model_class.__name__, (model_class,), space)
     found = following.from_pretrained(pretrained_model_name_or_path, config=config, **options)
     (found[0] if isinstance(found, tuple) else found).__class__ = model_class
     return found
 
 
-def _follow(model: nn.Module, recipe: list[dict[str, Any]]) -> None:
+def _follow(model: Any, recipe: list[dict[str, Any]]) -> None:
     """Replace again. Names count from where `replace` was called, in a wrapper or deeper down."""
     model.config.titans_kernels = None
     for entry in recipe:

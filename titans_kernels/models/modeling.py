@@ -207,6 +207,21 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """With a cache that has read at least as many tokens, those given to `generate` are new.
+
+        More are the whole text, as everywhere in transformers; a mask over all that has been read
+        and is to be read says which, if given.
+        """
+        mask = super()._prepare_attention_mask_for_generation(
+            inputs_tensor, generation_config, model_kwargs
+        )
+        cache = model_kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        return F.pad(mask, (past, 0), value=1) if mask.shape[1] <= past else mask
+
     @can_return_tuple
     def forward(
         self,
