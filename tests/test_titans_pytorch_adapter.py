@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from yardstick import assert_gradients, assert_values
 
+import titans_kernels.adapt.titans_pytorch
 from titans_kernels.adapt import TitansPytorchMemory
-from titans_kernels.adapt.titans_pytorch import ONLY, NeuralMemState
+from titans_kernels.adapt.titans_pytorch import ONLY, NeuralMemState, mem_state_detach
 
 BOUND = 1e-10
 PAPER = {"dim": 8, "batch_size": 4, "mem_model_norm_add_residual": False}
@@ -358,3 +359,36 @@ def test_titans_pytorch_is_not_needed():
         "M(8, batch_size=4, mem_model_norm_add_residual=False)(torch.randn(1, 9, 8))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("per_head", [True, False])
+def test_the_methods_that_its_users_call(per_head):
+    theirs, ours = _pair(heads=2, dim_head=4, per_head_learned_parameters=per_head)
+    x = _tokens(2, 9, 8)
+    for name in ("init_weights", "init_momentum"):
+        expected = getattr(theirs, name)(2)
+        got = getattr(ours, name)(2)
+        assert got.keys() == dict(expected).keys()
+        for key, value in got.items():
+            assert torch.equal(value, expected[key])
+    _, state = ours(x)
+    for weights in (ours.init_weights(2), state.weights):
+        one = {name: w[:, None] for name, w in weights.items()}
+        expected = [theirs.retrieve_memories(token, one) for token in x.split(1, 1)]
+        expected = torch.cat(expected, 1)  # of several tokens it takes weights for each alone
+        torch.testing.assert_close(ours.retrieve_memories(x, weights), expected)
+    torch.testing.assert_close(ours.retrieve_memories(x, one), expected)
+    assert not any(w.requires_grad for w in mem_state_detach(state).weights.values())
+
+
+def test_names_that_are_refused():
+    ours = TitansPytorchMemory(8, batch_size=4, mem_model_norm_add_residual=False)
+    with pytest.raises(NotImplementedError, match=r"store_memories: not here.*call the module"):
+        ours.store_memories(torch.zeros(1, 3, 8))
+    with pytest.raises(AttributeError, match="MemoryAsContextTransformer: not here"):
+        _ = titans_kernels.adapt.titans_pytorch.MemoryAsContextTransformer
+    with pytest.raises(ImportError):
+        from titans_kernels.adapt.titans_pytorch import MemorySwiGluMLP  # noqa: F401
+    each = {name: w[:, None].repeat(1, 3, 1, 1) for name, w in ours.init_weights(1).items()}
+    with pytest.raises(ValueError, match=r"weights\['weights.0'\]: got shape \[1, 3, 8, 32\]"):
+        ours.retrieve_memories(torch.zeros(1, 3, 8), each)

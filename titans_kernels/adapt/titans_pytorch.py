@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -22,36 +22,9 @@ from ..layers import checking
 from ..layers.neural_memory import MemoryWeights
 from ..memory import neural_memory, retrieve
 from ..state import MemoryState
+from .titans_pytorch_table import ELSEWHERE, ONLY, refuse_name, refuse_others
 
-# Arguments that take one value, and what another one would ask for.
-ONLY: dict[str, tuple[Any, str]] = {
-    "store_memory_loss_fn": (None, "the loss is the mean of (M(k) - v)^2 over the head"),
-    "attn_pool_chunks": (False, "chunks of one token leave nothing to pool"),
-    "momentum_order": (1, "momentum is of first order"),
-    "learned_momentum_combine": (False, "momentum is of first order"),
-    "learned_combine_include_zeroth": (False, "momentum is of first order"),
-    "num_kv_per_token": (1, "a token teaches one key and value"),
-    "qkv_receives_diff_views": (False, "keys and values are made of the same tokens"),
-    "max_grad_norm": (None, "surprises are not clamped"),
-    "accept_weight_residual": (False, "memories of other layers are not taken"),
-    "spectral_norm_surprises": (False, "surprises are not orthogonalised"),
-    "gated_transition": (False, "a batch begins with all that has been learned"),
-    "mem_model_norm_add_residual": (
-        False,
-        "its LayerNorm's scale is learned while reading; titans_kernels.NeuralMemory has a "
-        "residual and a LayerNorm that is learned in training",
-    ),
-    "store_with_lookahead_value": (False, "a token teaches its own value"),
-    "prev_weights": (None, "memories of other layers are not taken"),
-    "return_surprises": (False, "losses of single tokens are not kept"),
-}
-
-
-def _refuse_others(given: dict[str, Any]) -> None:
-    for name, (takes, why) in ONLY.items():
-        got = given.get(name, takes)
-        if got is not takes and got != takes:
-            raise ValueError(f"{name}: got {got!r}, takes {takes!r}: {why}")
+__all__ = ["ONLY", "NeuralMemState", "TitansPytorchMemory", "mem_state_detach"]
 
 
 class NeuralMemState(NamedTuple):
@@ -76,6 +49,17 @@ class NeuralMemState(NamedTuple):
 
 
 torch.serialization.add_safe_globals([NeuralMemState])
+
+
+def mem_state_detach(state: NeuralMemState) -> NeuralMemState:
+    """`state.detach()`, by titans-pytorch's name."""
+    return state.detach()
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name in ELSEWHERE:
+        refuse_name(name, AttributeError)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class MultiheadRMSNorm(nn.Module):
@@ -122,6 +106,9 @@ class TitansPytorchMemory(nn.Module):
         init_adaptive_step_bias, init_momentum_bias, init_decay_bias
                               as there
         all others            at their defaults; `ONLY` in this file says why
+
+    `init_weights`, `init_momentum`, `retrieve_memories` and `mem_state_detach` are there too;
+    `store_memories` and MemoryAsContextTransformer are refused by name.
 
     Args:
         backend (str): the one argument of ours: "auto", "torch" or "triton".
@@ -179,7 +166,7 @@ class TitansPytorchMemory(nn.Module):
         *,
         backend: str = "auto",
     ) -> None:
-        _refuse_others(locals())
+        refuse_others(locals())
         super().__init__()
         checks.integer("dim", dim, 1)
         checks.integer("heads", heads, 1)
@@ -268,7 +255,7 @@ class TitansPytorchMemory(nn.Module):
         Returns:
             (retrieved, state): [B, T, dim], and what to pass on.
         """
-        _refuse_others({"prev_weights": prev_weights, "return_surprises": return_surprises})
+        refuse_others({"prev_weights": prev_weights, "return_surprises": return_surprises})
         seq = seq[:, None] if seq.dim() == 2 else seq
         stored = seq if store_seq is None else store_seq
         chunk_size = self.batch_size
@@ -282,21 +269,77 @@ class TitansPytorchMemory(nn.Module):
         q = self.q_norm(self._heads(self.to_queries(asked)))
         theta, alpha, eta = self._gates(x, store_mask)
         weights = tuple(w.expand(self.heads, -1, -1) for w in self.memory_model_parameters())
-        form: dict[str, Any] = {"activation": "gelu", "residual": False, "backend": self.backend}
         o, memory = neural_memory(
             *(q if together else k, k, v, theta, alpha, eta, weights),
             chunk_size=chunk_size,
             initial_state=None if state is None else state.states,
             output_final_state=True,
-            **form,
+            **self._form,
         )
         assert memory is not None
-        o = self.multihead_rmsnorm(o if together else retrieve(q, memory, **form))
-        if self.retrieve_gate is not None:
-            o = o * self.retrieve_gate(asked).sigmoid()[..., None]
+        o = self._answer(o if together else retrieve(q, memory, **self._form), asked)
         seen = stored.shape[1] + (0 if state is None else state.seq_index)
         state = NeuralMemState(seen, memory)
-        return self.combine_heads(o.flatten(2)), state.detach() if detach_mem_state else state
+        return o, state.detach() if detach_mem_state else state
+
+    @property
+    def memory_model_parameter_dict(self) -> dict[str, Tensor]:
+        """M_0 by titans-pytorch's names, [heads, d_in, d_out] or [d_in, d_out] for all heads."""
+        return {f"weights.{i}": w for i, w in enumerate(self.memory_model_parameters())}
+
+    def init_weights(self, batch: int) -> dict[str, Tensor]:
+        """M_0 of `batch` sequences by titans-pytorch's names, [batch * heads, d_in, d_out]."""
+        return {
+            name: w.expand(batch, self.heads, *w.shape[-2:]).flatten(0, 1)
+            for name, w in self.memory_model_parameter_dict.items()
+        }
+
+    def init_momentum(self, batch: int) -> dict[str, Tensor]:
+        """The momentum of sequences that have not begun, [1, batch * heads, d_in, d_out]."""
+        return {name: torch.zeros_like(w)[None] for name, w in self.init_weights(batch).items()}
+
+    def retrieve_memories(self, seq: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """What memories answer to seq, and learn nothing: [B, T, dim].
+
+        Args:
+            seq (Tensor): [B, T, dim].
+            weights (dict[str, Tensor]): [B * heads, d_in, d_out] each, as `init_weights` and
+                `state.weights` give them; or [B * heads, 1, d_in, d_out]. With weights of its own
+                for every token, which are never made here, it is refused.
+        """
+        B, names = seq.shape[0], list(self.memory_model_parameter_dict)
+        self._check(seq, seq, None, None, 1)
+        if sorted(weights) != names:
+            raise ValueError(f"weights: got {sorted(weights)}, takes {names}")
+        matrices = []
+        for name in names:
+            w = weights[name]
+            w = w[:, 0] if w.dim() == 4 and w.shape[1] == 1 else w
+            checks.floating(f"weights[{name!r}]", w)
+            takes = (B * self.heads, *self.memory_model_parameter_dict[name].shape[-2:])
+            checks.shape(f"weights[{name!r}]", w, takes, "[B * heads, d_in, d_out]")
+            matrices.append(w.unflatten(0, (B, self.heads)))
+        asked = self.retrieve_norm(seq)
+        q = self.q_norm(self._heads(self.to_queries(asked)))
+        wide = tuple(w.to(torch.promote_types(q.dtype, torch.float32)) for w in matrices)
+        nothing, gates = q.new_zeros(B, 1, *q.shape[2:]), q.new_zeros(B, 1, self.heads)
+        length = torch.zeros(B, dtype=torch.int32, device=q.device)
+        state = MemoryState(wide, wide, nothing, nothing, gates, gates, gates, length)
+        return self._answer(retrieve(q, state, **self._form), asked)
+
+    def store_memories(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused, by name and with what to do instead."""
+        refuse_name("store_memories", NotImplementedError)
+
+    @property
+    def _form(self) -> dict[str, Any]:
+        return {"activation": "gelu", "residual": False, "backend": self.backend}
+
+    def _answer(self, o: Tensor, asked: Tensor) -> Tensor:
+        o = self.multihead_rmsnorm(o)
+        if self.retrieve_gate is not None:
+            o = o * self.retrieve_gate(asked).sigmoid()[..., None]
+        return self.combine_heads(o.flatten(2))
 
     def _check(self, seq: Tensor, stored: Tensor, mask: Any, state: Any, chunk_size: int) -> None:
         takes = f"[B, T, dim] with dim = {self.dim}"
