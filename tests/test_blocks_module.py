@@ -299,3 +299,9 @@ def test_the_gate_rounds_once():
     y, m = randn(2, 3, 500, 15).bfloat16()
     want, got = exact(y.double(), m.double()), gate(y, m).double()
     assert ((got - want).abs() <= 2.0**-8 * want.abs() * 1.01).all()
+
+
+def test_persistent_tokens_start_with_unit_variance():
+    torch.manual_seed(0)
+    tokens = TitansMAC(64, heads=2, n_persistent=100).persistent
+    assert abs(tokens.std() - 1) < 0.03 and abs(tokens.mean()) < 0.04

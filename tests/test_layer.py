@@ -501,6 +501,8 @@ def test_parameters_start_at_the_scale_that_is_documented():
         deviation = 4 * (2 * weight.numel()) ** -0.5  # of a sample's standard deviation
         assert abs(weight.std() / std - 1) < deviation
         assert abs(weight.mean()) < 4 * std * weight.numel() ** -0.5
+    for filter_ in layer.convolutions:
+        assert abs(filter_.weight.std() / 4**-0.5 - 1) < 4 * (2 * filter_.weight.numel()) ** -0.5
     assert (layer.norm_weight == 128**-0.5).all() and (layer.alpha_bias == -8.0).all()
 
 

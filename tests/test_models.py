@@ -285,3 +285,9 @@ def test_what_is_refused():
         model(tokens, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]] * 2), use_cache=True)
     with pytest.raises(ValueError, match="stateful"):
         model.generate(tokens[:1], assistant_model=model)
+
+
+def test_a_configuration_scales_with_its_width():
+    config = TitansConfig(hidden_size=64)
+    assert config.initializer_range == 0.125
+    assert config.intermediate_size == 192  # 8 / 3 of the width, in steps of 64

@@ -153,3 +153,15 @@ def test_a_gpu_does_not_look_first(lengths):
     with mock.patch.object(nonfinite, "_finite", lambda *_: False):
         marked = run()
     assert all(map(torch.equal, marked, run()))
+
+
+def test_gradients_of_cuts():
+    """Rows of packed tokens that belong to no sequence hand no NaN to the tokens they copy."""
+    inputs = _inputs("k", NAN, at=15, row=1)
+    inputs["k"].requires_grad_()
+    _, state = neural_memory(**piece(inputs, 0, 12), chunk_size=5, output_final_state=True)
+    o, _ = neural_memory(**piece(inputs, 12, T), chunk_size=5, initial_state=state)
+    (grad,) = torch.autograd.grad(o.sum(), inputs["k"])
+    finite = torch.ones(2, T, 2, dtype=torch.bool)
+    finite[1, :, 1] = False
+    assert torch.equal(grad.isfinite().all(-1), finite)

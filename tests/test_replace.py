@@ -303,6 +303,14 @@ def test_in_half_precision_and_on_meta():
     assert all(p.is_meta for p in model.parameters())
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_is_in_the_mode_of_what_it_replaces(training):
+    model, where = _host("llama")
+    model.train(training)
+    replace(model, where.format("*"), "lmm")
+    assert all(module.training == training for module in model.modules())
+
+
 def test_what_is_refused():
     model, where = _host("llama")
     with pytest.raises(ValueError, match=r"where: got 'attn'.*model.layers.0.self_attn"):

@@ -454,3 +454,28 @@ def test_what_lies_behind_an_open_chunk_has_no_gradient(T):
     assert not after.k[:, 5 + T :].any()
     (grad,) = torch.autograd.grad(after.k.sum(), k)
     assert torch.equal(grad[:, :5], torch.ones_like(grad[:, :5])) and not grad[:, 5:].any()
+
+
+def test_a_state_is_read_by_sequences_of_any_length():
+    """Long and short side by side, in any order: outputs and gradients are those of each alone."""
+    lengths = (3, 600, 0, 40)
+    make = {"H": 2, "D": 4, "hidden": 6, "depth": 2}
+    _, state = neural_memory(
+        **make_inputs(4, 16, **make, requires_grad=False), output_final_state=True
+    )
+    inputs = make_inputs(1, sum(lengths), **make, lengths=lengths)
+    weights = [w.requires_grad_() for w in state.weights]
+    leaves = [inputs["q"], *weights, *inputs["norm"]]
+
+    def results(o):
+        cotangent = torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view_as(o)
+        return [o, *torch.autograd.grad((o * cotangent).sum(), leaves)]
+
+    q, norm = inputs["q"], {"norm": inputs["norm"]}
+    got = results(retrieve(q, state, **norm, cu_seqlens=inputs["cu_seqlens"]))
+    alone = [
+        reference.retrieve(x, state.index_select(torch.tensor([n])), **norm)
+        for n, x in enumerate(q.split(lengths, 1))
+    ]
+    for x, y in zip(got, results(torch.cat(alone, 1)), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-11, rtol=1e-11)

@@ -12,6 +12,8 @@ import torch
 
 from . import faults, green, survivors
 
+SLOW = 5  # seconds after which a line is worth another test
+
 # What takes seconds to import, once for all forks. Nothing of this project may be among it.
 PREPARED = ("hypothesis", "torch._dynamo", "transformers.modeling_utils", "triton")
 
@@ -40,8 +42,13 @@ def main() -> int:
     if options.unplanted and not green([fault.test for fault in chosen]):
         print("a test is red without a fault", file=sys.stderr)
         return 1
-    start, holes = time.monotonic(), 0
+    start, holes, last = time.monotonic(), 0, time.monotonic()
     for fault, wrong in survivors(chosen, options.processes):
+        if os.environ.get("TIMES"):
+            print(f"{time.monotonic() - start:.1f} {fault}", flush=True)
+        took, last = time.monotonic() - last, time.monotonic()
+        if took > SLOW:
+            print(f"{took:.0f} s: {fault}  [{fault.test}]", flush=True)
         if wrong:
             holes += 1
             print(f"{wrong}: {fault}  [{fault.test}]", flush=True)

@@ -27,6 +27,7 @@ class Block(nn.Module):
         # A block starts as the identity.
         nn.init.zeros_(self.memory.out_proj.weight)
         nn.init.zeros_(self.narrow.weight)
+        nn.init.zeros_(self.narrow.bias)
 
     def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
         y, state = self.memory(self.memory_norm(x), state)
