@@ -343,7 +343,7 @@ def test_what_is_refused():
     layer = TitansAttention(16, 2, "lmm")
     with pytest.raises(ValueError, match="without a layer_idx"):
         layer(torch.randn(1, 2, 16), past_key_values=DynamicCache())
+    encoder = nn.TransformerEncoderLayer(16, 2)
+    replace(encoder, "self_attn", "lmm")
     with pytest.raises(ValueError, match="got other tensors than query"):
-        encoder = nn.TransformerDecoderLayer(16, 2)
-        replace(encoder, "multihead_attn", "lmm")
-        encoder(torch.randn(3, 1, 16), torch.randn(4, 1, 16))
+        encoder.self_attn(torch.randn(3, 1, 16), torch.randn(3, 1, 16), torch.randn(3, 1, 16))

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .rows import rows_once
+from .arguments import MASKS, Told, understood
+from .rows import Rows, rows_once
+from .source import Form
 from .variants import build
+
+_NO_DEFAULTS: dict[str, Any] = {}
 
 
 class TitansAttention(nn.Module):
@@ -47,6 +51,7 @@ class TitansAttention(nn.Module):
         super().__init__()
         self.variant, self.layer_idx = variant, layer_idx
         self.beside, self.others = False, 0
+        self.chunk: int | None = None  # of attention that forgets between chunks
         self.gate: ClosedGate | None = None
         # What it took the place of, for `restore`: in a tuple, which is no submodule.
         self.replaced: tuple[nn.Module, ...] | None = None
@@ -65,27 +70,29 @@ class TitansAttention(nn.Module):
         """`host`: what else a model tells its attention, such as rotary embeddings.
 
         As attention does, it goes on from the state in past_key_values, and leaves its own there,
-        whenever there is a cache; use_cache and output_attentions are the convention's.
+        whenever there is a cache; use_cache and output_attentions are the convention's. Arguments
+        that say something else than where tokens are, or how to compute, are refused by name.
         """
-        if host.get("encoder_hidden_states") is not None:
-            raise ValueError("encoder_hidden_states: a memory reads one sequence, takes None")
-        if past_key_values is None:
-            past_key_values = host.get("past_key_value")  # its name in older models
+        named = {
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "cu_seqlens": cu_seqlens,
+        }
+        told = understood(named | host, _NO_DEFAULTS, self.beside)
+        return self._read(hidden_states, told), None, told.cache
+
+    def _read(self, hidden_states: Tensor, told: Told) -> Tensor:
         layer = None
-        if past_key_values is not None:
+        if told.cache is not None:
             from .cache import memory_layer
 
             if self.layer_idx is None:
                 raise ValueError("past_key_values: a layer without a layer_idx takes None")
-            layer = memory_layer(past_key_values, self.layer_idx, self.beside, self.others)
+            layer = memory_layer(told.cache, self.layer_idx, self.beside, self.others)
         state = None if layer is None else layer.state
 
-        if cu_seqlens is None:
-            cu_seqlens = host.get("cu_seq_lens_q")  # its name in transformers
-        x, rows = self._in_own_dtype(hidden_states), None
-        if cu_seqlens is None:
-            past = state is not None
-            rows = rows_once(x, attention_mask, host.get("position_ids"), past)
+        x, cu_seqlens = self._in_own_dtype(hidden_states), told.cu_seqlens
+        rows = self._rows(x, told, layer)
         if rows is not None:
             x, cu_seqlens = rows.pack(x), rows.cu_seqlens
             if layer is not None and len(cu_seqlens) != len(hidden_states) + 1:
@@ -96,7 +103,19 @@ class TitansAttention(nn.Module):
         if layer is not None:
             layer.store(state, hidden_states.shape[1])
         out = out if rows is None else rows.unpack(out)
-        return out.to(hidden_states.dtype), None, past_key_values
+        return out.to(hidden_states.dtype)
+
+    def _rows(self, x: Tensor, told: Told, layer: Any) -> Rows | None:
+        past = layer is not None and layer.state is not None
+        if told.cu_seqlens is None:
+            return rows_once(x, told.mask, told.position_ids, past)
+        if told.mask is not None:
+            rows = rows_once(x, told.mask, None, past)
+            whole = rows is None and told.mask.dim() == 2
+            if not whole and (rows is None or not rows.packs(told.cu_seqlens)):
+                takes = "a mask of the same sequences, without padding, or None"
+                raise ValueError(f"attention_mask: beside cu_seqlens it takes {takes}")
+        return None
 
     def _in_own_dtype(self, x: Tensor) -> Tensor:
         """A host may compute in another, in bfloat16 around a layer that trains in float32."""
@@ -108,14 +127,29 @@ class TitansAttention(nn.Module):
         return f"variant={self.variant}, layer_idx={self.layer_idx}"
 
 
-class InTransformers(TitansAttention):
-    """As attention in Hugging Face transformers: `(out, None)`."""
+class InHost(TitansAttention):
+    """As the module that it takes the place of: called with its arguments, returning its form."""
 
-    positional: tuple[str, ...] = ()  # what the host's attention calls its arguments
+    names: tuple[str, ...] = ()  # of the host's arguments by position
+    defaults: dict[str, Any] = _NO_DEFAULTS
+    masks = MASKS
+    form: Form = ("", "")  # what is returned beside the output; None: the output alone
 
-    def forward(self, hidden_states: Tensor, *host: Any, **named: Any) -> Any:
-        named |= dict(zip(self.positional, host, strict=False))
-        return super().forward(hidden_states, **named)[:2]
+    def forward(self, *args: Any, **named: Any) -> Any:
+        if len(args) > len(self.names):
+            takes = f"at most {len(self.names)} by position, {', '.join(self.names)}"
+            raise TypeError(f"forward: got {len(args)} arguments, takes {takes}")
+        arguments = dict(zip(self.names, args, strict=False)) | named
+        if self.names[0] not in arguments:
+            raise TypeError(f"{self.names[0]}: missing")
+        x = arguments.pop(self.names[0])
+        told = understood(arguments, self.defaults, self.beside, self.masks)
+        out = self._read(x, told)
+        if told.residual is not None and not self.beside:
+            out = out + told.residual
+        if self.form is None:
+            return out
+        return (out, *(arguments.get(name) for name in self.form[1:]))
 
 
 class InMultihead(TitansAttention):
@@ -157,18 +191,12 @@ class InMultihead(TitansAttention):
         return (out if self.batch_first else out.transpose(0, 1)), None
 
 
-class InPlain(TitansAttention):
-    """As a module that maps [B, T, dim] to [B, T, dim]."""
-
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:  # type: ignore[override]
-        return super().forward(x)[0]
-
-
 def gated(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """A forward hook: the output of attention plus that of the memory beside it."""
     found = module.titans(*args, **kwargs)  # type: ignore[operator]
+    found = found[0] if isinstance(found, tuple) else found
     if isinstance(output, tuple):
-        return (output[0] + found[0].to(output[0].dtype), *output[1:])
+        return (output[0] + found.to(output[0].dtype), *output[1:])
     return output + found.to(output.dtype)
 
 

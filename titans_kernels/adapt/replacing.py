@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from .. import checks
+from . import hosts
 from .attention import (
     ClosedGate,
+    InHost,
     InMultihead,
-    InPlain,
-    InTransformers,
     TitansAttention,
     gated,
 )
@@ -32,6 +32,7 @@ def replace(
     mode: str = "replace",
     dim: int | None = None,
     heads: int | None = None,
+    causal: bool = False,
     **options: Any,
 ) -> list[str]:
     """Put Titans layers into a model: each chosen attention becomes one, or gets one beside it.
@@ -55,14 +56,19 @@ def replace(
             `titans.gate`: with PEFT, `modules_to_save=["titans"]` trains and saves both, and
             `modules_to_save=["titans.gate"]` the gate beside LoRA of the memory's projections.
         dim, heads (int | None): of the Titans layer. Default: what the attention says it has.
+        causal (bool): states that reading left to right is meant, where attention sees both ways
+            (BERT, ViT, ...), and silences the warning that says so.
         options: as the block of that variant takes them: segment, window, chunk_size, ...
 
     Returns:
-        The names of the chosen modules.
+        The names of the chosen modules; of one that is used in several places, all of them.
 
     Raises:
-        ValueError: nothing matches, or a module does not say its dim or heads.
+        ValueError: nothing matches, a module does not say its dim or heads, is cross-attention, or
+            does more than attention, such as adding the residual.
         TypeError: a module is not called as attention is.
+        A model is changed only if nothing is refused. Arguments of a later call that a memory does
+        not understand are refused by name then.
 
     Example:
         >>> import torch
@@ -76,39 +82,60 @@ def replace(
     if not isinstance(where, str) and not callable(where):
         raise TypeError(f"where: got {where!r}, takes a pattern or a function of (name, module)")
     checks.choice("mode", mode, ("replace", "beside"))
-    chosen = {
-        name: module for name, module in model.named_modules() if _matches(where, name, module)
-    }
-    if not chosen:
-        candidates = [n for n, _ in model.named_modules() if "attn" in n.split(".")[-1]]
-        raise ValueError(f"where: got {where!r}, which matches no module; there are {candidates}")
-    # A module inside a chosen one goes or stays with it.
-    chosen = {n: m for n, m in chosen.items() if not any(n.startswith(f"{o}.") for o in chosen)}
+    chosen = _chosen(model, where)
     others = 1 + max((_index(module) for module in model.modules()), default=-1)
-    layers = {
-        name: _layer(model, name, module, variant, dim, heads, options)
-        for name, module in chosen.items()
-    }
-    for name, layer in layers.items():
-        module, layer.others = chosen[name], others
-        layer.train(module.training)
-        if mode == "replace":
-            model.set_submodule(name, layer)
-            layer.replaced = _kept(model, module)
-            continue
-        if hasattr(module, "titans"):
+    for name, module in chosen.items():
+        hosts.check(model, name, module, replaced=mode == "replace")
+        if mode == "beside" and hasattr(module, "titans"):
             raise ValueError(f"where: {name} has a memory beside it already")
-        like = next(layer.block.parameters())
-        layer.beside = True
-        layer.gate = ClosedGate(layer.block.dim, device=like.device, dtype=like.dtype)
-        module.titans = layer
-        module.register_forward_hook(gated, with_kwargs=True)
+    # One layer a module, in all places where the module is; all are made before one is put in.
+    layers: dict[nn.Module, TitansAttention] = {}
+    for name, module in chosen.items():
+        if module not in layers:
+            layer = _layer(model, name, module, variant, dim, heads, options)
+            layer.others, layer.beside = others, mode == "beside"
+            layers[module] = layer.train(module.training)
+    if mode == "replace" and not causal:
+        _warn(chosen)
+    for module, layer in layers.items():
+        if mode == "beside":
+            like = next(layer.block.parameters())
+            layer.gate = ClosedGate(layer.block.dim, device=like.device, dtype=like.dtype)
+            module.titans = layer
+            module.register_forward_hook(gated, with_kwargs=True)
+            continue
+        for name in (name for name, one in chosen.items() if one is module):
+            model.set_submodule(name, layer)
+        layer.replaced = _kept(model, module)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # its nested tensors are for its own attention only
     call = {"variant": variant, "mode": mode, "dim": dim, "heads": heads} | options
-    remember(model, list(layers), call)
-    return list(layers)
+    remember(model, list(chosen), call | {"causal": causal})
+    return list(chosen)
+
+
+def _chosen(model: nn.Module, where: Where) -> dict[str, nn.Module]:
+    """The modules to change, under every name that they have."""
+    named = list(model.named_modules(remove_duplicate=False))
+    matched = [(name, module) for name, module in named if _matches(where, name, module)]
+    # A module inside a chosen one goes or stays with it.
+    names = {name for name, _ in matched}
+    outer = [m for n, m in matched if not any(n.startswith(f"{o}.") for o in names)]
+    if not outer:
+        candidates = [n for n, _ in named if "attn" in n.split(".")[-1]]
+        raise ValueError(f"where: got {where!r}, which matches no module; there are {candidates}")
+    return {name: module for name, module in named if any(module is one for one in outer)}
+
+
+def _warn(chosen: dict[str, nn.Module]) -> None:
+    names = [name for name, module in chosen.items() if hosts.sees_both_ways(module)]
+    if names:
+        warnings.warn(
+            f"attention that sees both ways becomes a memory that reads left to right in "
+            f"{', '.join(names)}; causal=True says that this is meant",
+            stacklevel=3,
+        )
 
 
 def _matches(where: Where, name: str, module: nn.Module) -> bool:
@@ -118,8 +145,8 @@ def _matches(where: Where, name: str, module: nn.Module) -> bool:
 
 
 def _index(module: nn.Module) -> int:
-    index = getattr(module, "layer_idx", None)
-    return index if isinstance(index, int) else -1
+    index = _first(module, "layer_idx", "layer_id")
+    return -1 if index is None else index
 
 
 def _layer(
@@ -132,7 +159,9 @@ def _layer(
     options: dict[str, Any],
 ) -> TitansAttention:
     """The Titans layer for the place of one module, of its width, heads, device and dtype."""
-    kind = _convention(name, module)
+    multihead = isinstance(module, nn.MultiheadAttention)
+    if not multihead:
+        hosts.like_transformers(name, module)
     config = getattr(module, "config", None)
     if dim is None:
         linear = next((m for m in module.modules() if isinstance(m, nn.Linear)), None)
@@ -145,12 +174,15 @@ def _layer(
             raise ValueError(f"{what}: {name} does not say it, takes an int")
     assert dim is not None and heads is not None
     options = _place(model, module) | options
-    index = _index(module)
-    layer = kind(dim, heads, variant, layer_idx=None if index < 0 else index, **options)
-    if isinstance(layer, InTransformers):
-        layer.positional = tuple(inspect.signature(module.forward).parameters)[1:]
-    if isinstance(layer, InMultihead):
-        layer.batch_first = bool(module.batch_first)
+    index = _first(module, "layer_idx", "layer_id")
+    if multihead:
+        multi = InMultihead(dim, heads, variant, layer_idx=index, **options)
+        multi.batch_first = bool(module.batch_first)
+        return multi
+    layer = InHost(dim, heads, variant, layer_idx=index, **options)
+    layer.names, layer.defaults = hosts.signature(module)
+    layer.masks, layer.chunk = hosts.masks(module), hosts.chunk(module)
+    layer.form = hosts.form(module, dim)
     return layer
 
 
@@ -181,21 +213,6 @@ def _place(model: nn.Module, module: nn.Module) -> dict[str, Any]:
     dtypes += [weight.dtype for weight in weights]
     dtype = next((dtype for dtype in dtypes if dtype in checks.DTYPES), None)
     return place if dtype is None else place | {"dtype": dtype}
-
-
-def _convention(name: str, module: nn.Module) -> type[TitansAttention]:
-    """How the module is called."""
-    if isinstance(module, nn.MultiheadAttention):
-        return InMultihead
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    if parameters and parameters[0].name == "hidden_states":
-        return InTransformers
-    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    needed = [p for p in parameters if p.default is p.empty and p.kind in positional]
-    if len(needed) == 1 and needed[0] is parameters[0]:
-        return InPlain
-    takes = "forward(hidden_states, ...), nn.MultiheadAttention or forward(x)"
-    raise TypeError(f"where: {name} is a {type(module).__name__}, takes modules with {takes}")
 
 
 def _first(holder: Any, *names: str) -> int | None:

@@ -24,6 +24,11 @@ class Rows(NamedTuple):
         """[B, T, C] -> [1, M, C]"""
         return x.flatten(0, 1)[self.token][None]
 
+    def packs(self, cu_seqlens: Tensor) -> bool:
+        """Whether these are the same sequences, and no token is padding."""
+        whole = len(self.token) == self.batch[0] * self.batch[1]
+        return whole and self.cu_seqlens.tolist() == cu_seqlens.tolist()
+
     def unpack(self, y: Tensor) -> Tensor:
         """[1, M, C] -> [B, T, C], zeros at padding."""
         B, T = self.batch
