@@ -21,7 +21,7 @@ OWN   := $(VENV)/transformers-tests
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format verify mutants static bench clean
+.PHONY: help demo test check format verify mutants fuzz static bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -73,6 +73,9 @@ verify: $(READY) ## Compare every operator and dtype with the float64 reference
 
 mutants: $(READY) ## Plant every fault of tests/mutants in the sources: each must turn a test red
 	PYTHONPATH=tests $(ONE_THREAD) $(PY) -m mutants --processes 2 --unplanted
+
+fuzz: $(READY) ## Compare 2,000 random calls of each kind with the definition, other ones each time
+	FUZZ=2000 $(ONE_THREAD) $(PY) -m pytest -n 2 --dist load tests/test_fuzz.py
 
 static: $(READY) $(OTHER) ## Compile the shipped kernels for every GPU and judge their machine code
 	$(PY) -m benchmarks.static --check
