@@ -8,7 +8,10 @@ What backward needs beyond the arguments is an output of forward, where it is as
 from __future__ import annotations
 
 import importlib
+import os
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from types import ModuleType
 from typing import Any
@@ -44,10 +47,18 @@ def _closed(op: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(op)
     def run(q: Tensor, *args: Any) -> Any:
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False), _turn():
             return op(q, *args)
 
     return run
+
+
+# Triton's interpreter keeps the program that it runs in globals: one thread at a time.
+_INTERPRETER = threading.RLock()
+
+
+def _turn() -> AbstractContextManager[Any]:
+    return _INTERPRETER if os.environ.get("TRITON_INTERPRET") == "1" else nullcontext()
 
 
 def _dense(x: Tensor) -> Tensor:
