@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from yardstick import assert_gradients, assert_values, flat, gradients
 
 from titans_kernels import MemoryState, NeuralMemory, neural_memory, retrieve
+from titans_kernels.layers import TitansMAG, TitansMAL
 
 LENGTHS = (20, 31, 64, 200, 501)  # several spans of blocks, and none
 
@@ -216,3 +217,30 @@ def test_the_layer_is_exported(goes_on, strict):
         found, want = program(*given), layer(*given)
         assert pytree.tree_structure(found) == pytree.tree_structure(want)
         assert all(map(torch.equal, pytree.tree_leaves(found), pytree.tree_leaves(want)))
+
+
+def _texts(*lengths):
+    return [torch.randn(2, T, 12, dtype=torch.float64) for T in lengths]
+
+
+@torch.no_grad()
+def test_windows_at_any_length():
+    """A graph for texts within the window, within two of them, and for all longer ones."""
+    block = TitansMAL(12, heads=2, window=5, chunk_size=4, n_persistent=0, dtype=torch.float64)
+    compiled, counter = _compiled(block, "eager")
+    for x in _texts(13, 17, 9, 3):  # the first length is compiled as it is
+        torch.testing.assert_close(compiled(x)[0], block(x)[0])
+    assert counter.frame_count <= 4
+    graphs = counter.frame_count
+    for x in _texts(26, 11, 7, 10, 4, 2, 41, 64):
+        torch.testing.assert_close(compiled(x)[0], block(x)[0])
+    assert counter.frame_count == graphs
+
+
+@torch.no_grad()
+def test_windows_are_exported_for_any_length():
+    block = TitansMAG(12, heads=2, window=5, chunk_size=4, n_persistent=2, dtype=torch.float64)
+    length = {1: torch.export.Dim("T", min=2, max=4096)}
+    exported = torch.export.export(block, tuple(_texts(13)), dynamic_shapes=(length,)).module()
+    for x in _texts(2, 5, 6, 10, 29):
+        torch.testing.assert_close(exported(x)[0], block(x)[0])

@@ -94,12 +94,10 @@ def neural_memory(
     and computes what lies between again, so many tokens at a time.
 
     `torch.compile(fullgraph=True)` and `torch.export` take it, once for all lengths; cu_seqlens is
-    not looked at there. Under autocast it computes as outside. Checkpointing takes
-    `use_reentrant=False`: the other kind drops gradients that flow through the state alone. The
-    PyTorch backend has derivatives of any order.
-
-    A NaN or an infinity is causal: in q it reaches its own output, in k, v or a gate those from its
-    token on, of its sequence and head, and the state. Gradients that depend on it are not finite.
+    not looked at there. ONNX has no form of it: `torch.onnx.export` refuses it. Under autocast it
+    computes as outside. Checkpointing takes `use_reentrant=False`: the other kind drops gradients
+    that flow through the state alone. The PyTorch backend has derivatives of any order, in forward
+    mode too, and takes the transforms of `torch.func`; Triton's refuses both.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; it names what it got and what it

@@ -79,7 +79,7 @@ class Attention(nn.Module):
             pk, pv = (
                 x.unflatten(-1, (self.heads, self.dim_head))
                 .transpose(0, 1)
-                .expand(len(q), -1, -1, -1)
+                .expand(q.shape[0], -1, -1, -1)
                 for x in before
             )
             if self.rotary:
@@ -88,10 +88,12 @@ class Attention(nn.Module):
                 pk = F.pad(pk, (self.dim_head, 0))
             k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
             visible = F.pad(visible, (len(prefix), 0), value=True)
+        if torch.compiler.is_exporting():  # the unfused form, of unequal widths, fixes the length
+            v = F.pad(v, (0, q.shape[-1] - self.dim_head))
         mask = visible[:, None] if visible.dim() == 3 else visible
         with _any_derivative():
             o = F.scaled_dot_product_attention(q, k, v, mask, scale=self.dim_head**-0.5)
-        return o.transpose(1, 2).flatten(2)
+        return o[..., : self.dim_head].transpose(1, 2).flatten(2)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, dim_head={self.dim_head}, rotary={self.rotary}"
@@ -157,23 +159,8 @@ class WindowAttention(Attention):
         else:
             self._check_state(state, k)
 
-        # A token's slot is `before` slots after its place among the queries. A block of queries
-        # needs as many keys before it, and only the first of them may meet slots never filled.
         keys, values = torch.cat([state.keys, k], 1), torch.cat([state.values, v], 1)
-        out = []
-        for start in range(0, max(T, 1), self.window):
-            n = min(self.window, T - start)
-            query = torch.arange(n, device=x.device)
-            slot = torch.arange(before + n, device=x.device)
-            ago = before + query[:, None] - slot
-            visible = (ago >= 0) & (ago <= before)
-            if start == 0:
-                visible = visible & (slot >= before - state.length[:, None])[:, None]
-            part = slice(start, start + before + n)
-            places = before + query, slot
-            block = q[:, start : start + n]
-            out.append(self.attend(block, keys[:, part], values[:, part], places, visible, prefix))
-        o = torch.cat(out, 1)
+        o = self._in_blocks(q, keys, values, state.length, prefix)
 
         if token is None:
             # Not views: a state must not keep its whole segment alive.
@@ -187,6 +174,73 @@ class WindowAttention(Attention):
             o = o[token][None]
         length = length.clamp(max=before).to(torch.int32)
         return self.out_proj(o), WindowState(keys, values, length)
+
+    def _in_blocks(
+        self, q: Tensor, keys: Tensor, values: Tensor, length: Tensor, prefix: Tensor | None
+    ) -> Tensor:
+        """q [N, T, inner], keys and values [N, window - 1 + T, inner] -> [N, T, inner].
+
+        A block of `window` queries needs the keys of its own tokens and of the block before. The
+        first block alone may meet slots that were never filled; all others go side by side, so that
+        the work is the same few operations at any length.
+        """
+        W, T = self.window, q.shape[1]
+        slot = torch.arange(2 * W, device=q.device)
+        query = slot[W:]
+        ago = query[:, None] - slot
+        visible = (ago >= 0) & (ago < W)  # [W, 2 W]; query i stands in slot W + i
+        filled = slot >= W - length[:, None]  # [N, 2 W]
+        if torch.compiler.is_exporting():  # one form for all lengths: the first block as the others
+            count = (T + W - 1) // W + 1
+            later = torch.arange(count, device=q.device) > 0
+            seen = visible & (filled[:, None] | later[:, None])[:, :, None]  # [N, count, W, 2 W]
+            keys, values = (F.pad(x, (0, 0, 1, 0)) for x in (keys, values))
+            return self._side_by_side(count, q, keys, values, seen.flatten(0, 1), prefix)
+
+        n = min(T, W)
+        first = self.attend(
+            q[:, :n],
+            keys[:, : W - 1 + n],
+            values[:, : W - 1 + n],
+            (query[:n], slot[1 : W + n]),
+            (visible & filled[:, None])[:, :n, 1 : W + n],
+            prefix,
+        )
+        if T <= W:
+            return first
+        # The keys of the first block begin in slot 1.
+        rest = q[:, W:], keys[:, W - 1 :], values[:, W - 1 :]
+        count = (T - 1) // W
+        return torch.cat([first, self._side_by_side(count, *rest, visible, prefix)], 1)
+
+    def _side_by_side(
+        self,
+        count: int,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        visible: Tensor,
+        prefix: Tensor | None,
+    ) -> Tensor:
+        """`count` blocks, the last not full, of q [N, T, inner]; keys and values have W more."""
+        W, (N, T, _) = self.window, q.shape
+        # The same two steps as views, of which an export cannot prove that they fit all lengths.
+        exporting = torch.compiler.is_exporting()
+
+        def blocks(x: Tensor, count: int) -> Tensor:
+            behind = count * W - x.shape[1]
+            x = F.pad(x, (0, 0, 0, behind))
+            return x.unfold(1, W, W).transpose(2, 3) if exporting else x.unflatten(1, (-1, W))
+
+        def pairs(x: Tensor) -> Tensor:
+            x = blocks(x, count + 1)
+            return torch.cat([x[:, :count], x[:, 1:]], 2).flatten(0, 1)
+
+        slot = torch.arange(2 * W, device=q.device)
+        asked = blocks(q, count).flatten(0, 1)
+        o = self.attend(asked, pairs(keys), pairs(values), (slot[W:], slot), visible, prefix)
+        o = o.unflatten(0, (N, -1)).flatten(1, 2)
+        return o.index_select(1, torch.arange(T, device=q.device)) if exporting else o[:, :T]
 
     def _check_state(self, state: WindowState, k: Tensor) -> None:
         if not isinstance(state, WindowState):
