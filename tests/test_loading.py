@@ -9,6 +9,7 @@ import sys
 import accelerate
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -93,6 +94,28 @@ def test_what_is_not_kept_with_the_model():
     count = sum(p.numel() for p in model.parameters())
     assert count == sum(v.numel() for v in model.state_dict().values())
     assert restore(model) and restore(model) == []
+
+
+@pytest.mark.parametrize("mode", ["replace", "beside"])
+def test_one_module_in_two_places_is_restored_in_both(mode):
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    model = nn.ModuleDict({"a": attention, "b": attention})
+    replace(model, "[ab]", "lmm", mode=mode)
+    if mode == "replace":  # and replaced once more
+        replace(model, "a", "mag", window=5)
+    assert restore(model) == ["a", "b"]
+    assert model["a"] is attention and model["b"] is attention
+    assert not attention._forward_hooks and not hasattr(attention, "titans")
+
+
+def test_memories_inside_adapters_are_not_restored():
+    model, where = _host()
+    replace(model, where.format(0), "lmm", mode="beside")
+    options = {"target_modules": ["q_proj"], "exclude_modules": ".*titans.*"}
+    adapted = get_peft_model(model, LoraConfig(modules_to_save=["titans"], **options))
+    with pytest.raises(ValueError, match=r"one with adapters around .*titans"):
+        restore(adapted)
+    assert restore(adapted.merge_and_unload()) == [where.format(0)]
 
 
 def test_a_checkpoint_without_a_recipe_is_refused(tmp_path):

@@ -43,20 +43,29 @@ def restore(model: nn.Module) -> list[str]:
     if lost:
         got = f"one that was loaded with memories in the place of {', '.join(lost)}"
         raise ValueError(f"model: got {got}, takes one that replace has changed")
+    wrapped = [n for n, layer in layers.items() if layer.beside and not n.endswith("titans")]
+    if wrapped:
+        got = f"one with adapters around {', '.join(wrapped)}"
+        raise ValueError(f"model: got {got}, takes one without: merge_and_unload them first")
     names = []
     for name, layer in layers.items():
         if layer.beside:
-            name = name.removesuffix(".titans")
+            name = name.removesuffix("titans").removesuffix(".")
+            names.append(name)
             module = model.get_submodule(name)
+            if not hasattr(module, "titans"):  # the same module under another name
+                continue
             for key, hook in list(module._forward_hooks.items()):
                 if hook is gated:
                     del module._forward_hooks[key], module._forward_hooks_with_kwargs[key]
             del module.titans
         else:
-            assert layer.replaced
+            original: nn.Module = layer
+            while isinstance(original, TitansAttention) and original.replaced:
+                [original] = original.replaced
             device = layer.block.memory.out_norm.device
-            model.set_submodule(name, layer.replaced[0].to(device).train(layer.training))
-        names.append(name)
+            model.set_submodule(name, original.to(device).train(layer.training))
+            names.append(name)
     for module in model.modules():
         if hasattr(module, MARK):
             delattr(module, MARK)
