@@ -16,7 +16,7 @@ from inputs import make_inputs
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from triton_support.sanitizer import CHECKS, sanitize
-from yardstick import TOKENS, assert_gradients, flat, gradients
+from yardstick import TOKENS, assert_gradients, assert_values, flat, gradients
 
 import reference
 from titans_kernels import neural_memory
@@ -24,7 +24,7 @@ from titans_kernels import neural_memory
 EXAMPLES = int(os.environ.get("FUZZ", "24"))
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "identity")
 GATES = ("theta", "alpha", "eta")
-LIMITS = {"theta": (0.0, 1e-310, 1.0, 1e3), "alpha": (0.0, 1e-310, 1.0), "eta": (0.0, 1e-310, 1.0)}
+LIMITS = {"theta": (0.0, 1e-310, 1.0, 1e4), "alpha": (0.0, 1e-310, 1.0), "eta": (0.0, 1e-310, 1.0)}
 STEADY = 100  # how often over a perturbation may grow where values are compared
 
 
@@ -165,6 +165,8 @@ def _growth(case, arguments, o):
     """By how much a change of k has grown, at most, up to each token and head: [B, T, H]."""
     moved = arguments | {"k": arguments["k"] + 1e-10 * torch.randn_like(arguments["k"])}
     change = (_run(reference.neural_memory, case, moved)[0] - o).abs().amax(-1) / 1e-10
+    theta = arguments["theta"].flatten(3).amax(-1) if case.per_layer else arguments["theta"]
+    change = change.masked_fill(theta > 10, torch.inf)  # weights so large that sums lose all digits
     rows = change.split(case.lengths, 1) if case.packed else [change]
     return torch.cat([x.cummax(1).values for x in rows], 1)
 
@@ -192,9 +194,7 @@ def check(case, backend="torch"):
         assert (error <= bound)[steady].all(), f"o: {(error - bound)[steady].max():.1e} too much"
         if not steady.all() or case.dtype != torch.float64:
             return
-        values, expected = flat({"state": state}), flat({"state": final})
-        for name, x in values.items():
-            torch.testing.assert_close(x, expected[name], atol=1e-10, rtol=1e-10, msg=name)
+        assert_values(flat({"state": state}), flat({"state": final}), 1e-10)
     if case.train:
         leaves = {name: x for name, x in flat(leaves).items()}
         results = gradients({"o": o} | flat({"state": state}), leaves)
