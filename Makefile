@@ -21,10 +21,10 @@ OWN   := $(VENV)/transformers-tests
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format verify mutants fuzz static bench clean
+.PHONY: help demo test test-all check format verify mutants fuzz static bench clean
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # torch comes first: the later, open range is then satisfied, and no other build replaces it.
 $(READY): setup.py
@@ -58,6 +58,9 @@ demo: $(READY) ## Train a small byte-level model and watch its memory learn whil
 test: check $(OTHER) $(OWN) ## Lint, type-check and run every test that this machine can run
 	SECOND_TRITON=$(abspath $(OTHER)) TRANSFORMERS_TESTS=$(abspath $(OWN)) $(ONE_THREAD) \
 		$(PY) -m pytest -n 2 --dist worksteal --durations 10 $(PYTEST)
+
+test-all: $(READY) ## The longer runs and wider sweeps that `make test` leaves out
+	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist worksteal -m wide $(PYTEST)
 
 check: $(READY) ## Lint, formatting and types only
 	$(PY) -m ruff check .
