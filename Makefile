@@ -4,12 +4,14 @@
 #   PYTHON  the Python that .venv is made from
 #   TORCH   the torch to install, for example TORCH=torch for the newest
 #   SECOND  another Triton that the kernels are compiled with, beside the one that torch brings
+#   CONSTRAINTS  a file of exact versions; that of continuous integration is .ci/constraints.txt
 #   PYTEST  more options for pytest, for example PYTEST="-k stream -x"
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 SECOND ?= 3.6.0
 PYTEST ?=
+CONSTRAINTS ?=
 VENV   ?= .venv
 
 PY    := $(VENV)/bin/python
@@ -31,7 +33,8 @@ $(READY): setup.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed"'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
+		$(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 	touch $@
 
 # Only the package itself: first on PYTHONPATH it takes the other's place, torch and all else stay.

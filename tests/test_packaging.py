@@ -1,6 +1,7 @@
 """What a user gets: public names, a light import, and packages that carry the reference."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -140,3 +141,14 @@ def test_verify_from_a_checkout(checkout):
     found = Path(_python("-c", code, cwd=checkout, path=checkout).strip())
     # An editable install of the repository, if there is one, may serve as well.
     assert found in {checkout / "reference/__init__.py", ROOT / "reference/__init__.py"}
+
+
+def test_continuous_integration_installs_exact_versions():
+    """Every development dependency but torch, which the Makefile pins, and what builds wheels."""
+    lines = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
+    pinned = {line.split("==")[0].lower() for line in lines if "==" in line}
+    [extra] = re.findall(r"^dev = \[(.*?)^\]", (ROOT / "setup.py").read_text(), re.M | re.S)
+    names = {re.match(r"[\w-]+", name)[0] for name in re.findall(r'^    "([^"]+)"', extra, re.M)}
+    assert names - {"setuptools"} <= pinned
+    assert "CONSTRAINTS=.ci/constraints.txt" in (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"^TORCH +\?= torch==\d", (ROOT / "Makefile").read_text(), re.M)
