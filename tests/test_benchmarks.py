@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -219,3 +220,66 @@ def test_peak_memory_is_what_a_call_adds():
 )
 def test_groups_of_operations(event, group):
     assert group_of(event) == group
+
+
+# ------------------------------------------------------------------------------ figures, by hand
+
+harness, shapes = (sys.modules[x.__module__] for x in (measure, Shape))
+
+
+def sleeping(seconds):
+    """Ours, after a pause: what a call takes is then known."""
+
+    def build(inputs, shape):
+        task = our_operator(inputs, shape)
+
+        def call():
+            time.sleep(seconds)
+            return task.call()
+
+        return Task(call, task.leaves)
+
+    return build
+
+
+def test_figures_of_runners_that_sleep():
+    case = BY_NAME["operator"]
+    case = replace(case, providers={OURS: sleeping(0.01), "peer": sleeping(0.05)})
+    effort = replace(EFFORT, rounds=3, round_seconds=0.02)
+    ours, peer = measure(case, TINY, FORWARD, MACHINE, effort)
+    assert 0.01 < ours.median_s < 0.03 < 0.05 < peer.median_s < 0.1
+    assert ours.time_ratio == 1 and 2 < peer.time_ratio < 5.5
+    for row in (ours, peer):
+        assert row.p20_s <= row.median_s <= row.p80_s
+        assert row.tokens_per_s == pytest.approx(TINY.B * TINY.T / row.median_s)
+    assert ours.flop == case.flop[OURS](TINY, FORWARD)
+    assert ours.of_ceiling == pytest.approx(ours.flop / ours.median_s / MACHINE.matmul_flops)
+    assert ours.of_copy == pytest.approx(ours.least_bytes / ours.median_s / MACHINE.copy_bytes)
+
+
+def test_what_is_timed():
+    """One call, without gradients; or one call and the gradient of every leaf."""
+    x, calls = torch.ones(3, requires_grad=True), []
+
+    def call():
+        calls.append(torch.is_grad_enabled())
+        return x**2
+
+    task = Task(call, (x,))
+    assert not runner(task, FORWARD)().requires_grad and calls == [False]
+    [gradient] = runner(task, BOTH)()
+    assert gradient.tolist() == [2.0] * 3 and calls == [False, True]
+
+
+def test_bytes_and_operations_by_hand():
+    shape = Shape(T=10, B=2, H=3, D=4)  # hidden 16
+    case, leaves = BY_NAME["operator"], (torch.zeros(5), torch.zeros(7, dtype=torch.float64))
+    moved = 2 * 10 * 12 * 4 + 5 * 4 + 7 * 8
+    for mode, times in ((FORWARD, 1), (BOTH, 2)):
+        task = Task(lambda: None, leaves)
+        assert harness.least_bytes(task, case, shape, mode) == times * moved
+    # Two products of a token with [4, 16], for 2 x 10 tokens and 3 heads.
+    assert shapes.reading_flop(shape, FORWARD) == 60 * 2 * (2 * 4 * 16)
+    # Two products of [10, 4] and [4, 10], of which half is needed; seven with the backward pass.
+    assert shapes.attention_flop(shape, FORWARD) == 6 * 2 * (2 * 10 * 10 * 4) // 2
+    assert shapes.attention_flop(shape, BOTH) == 6 * 7 * (2 * 10 * 10 * 4) // 2
