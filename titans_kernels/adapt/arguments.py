@@ -61,6 +61,7 @@ class Told(NamedTuple):
     cache: Any = None
     cu_seqlens: Tensor | None = None
     position_ids: Tensor | None = None
+    restarts: Tensor | None = None  # [B, T], where positions are 0, as far as rotations say so
     residual: Tensor | None = None
 
 
@@ -108,6 +109,8 @@ def understood(
             found[RESIDUAL] = value
         elif name == "position_ids":
             found[name] = value
+        elif name == "position_embeddings" and isinstance(value, Tensor) and value.is_complex():
+            found["restarts"] = (value == 1).all(-1)  # Llama 4 tells its attention no positions
         elif name not in POSITIONS and not (beside and name in OF_ATTENTION):
             _refuse_unless_default(name, value, defaults)
     return Told(**found)

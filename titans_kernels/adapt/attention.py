@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import masks
 from .arguments import MASKS, Told, understood
 from .rows import Rows, rows_once
 from .source import Form
 from .variants import build
 
+READS_ON = (
+    "attention that sees both ways becomes a memory that reads left to right in {}; "
+    "replace(..., causal=True) says that this is meant"
+)
 _NO_DEFAULTS: dict[str, Any] = {}
 
 
@@ -107,10 +113,15 @@ class TitansAttention(nn.Module):
 
     def _rows(self, x: Tensor, told: Told, layer: Any) -> Rows | None:
         past = layer is not None and layer.state is not None
+        seen = layer.seen if layer is not None and layer.fixed else None
+        place: dict[str, Any] = {"seen": seen, "chunk": self.chunk}
+        if self.chunk is not None and told.position_ids is None and told.restarts is not None:
+            step = 1 + told.restarts.long()  # only where they do not follow one another matters
+            told = told._replace(position_ids=step.cumsum(1).expand(len(x), -1))
         if told.cu_seqlens is None:
-            return rows_once(x, told.mask, told.position_ids, past)
+            return rows_once(x, told.mask, told.position_ids, past, **place)
         if told.mask is not None:
-            rows = rows_once(x, told.mask, None, past)
+            rows = rows_once(x, told.mask, told.position_ids, past, **place)
             whole = rows is None and told.mask.dim() == 2
             if not whole and (rows is None or not rows.packs(told.cu_seqlens)):
                 takes = "a mask of the same sequences, without padding, or None"
@@ -132,7 +143,7 @@ class InHost(TitansAttention):
 
     names: tuple[str, ...] = ()  # of the host's arguments by position
     defaults: dict[str, Any] = _NO_DEFAULTS
-    masks = MASKS
+    takes_masks = MASKS
     form: Form = ("", "")  # what is returned beside the output; None: the output alone
 
     def forward(self, *args: Any, **named: Any) -> Any:
@@ -143,7 +154,7 @@ class InHost(TitansAttention):
         if self.names[0] not in arguments:
             raise TypeError(f"{self.names[0]}: missing")
         x = arguments.pop(self.names[0])
-        told = understood(arguments, self.defaults, self.beside, self.masks)
+        told = understood(arguments, self.defaults, self.beside, self.takes_masks)
         out = self._read(x, told)
         if told.residual is not None and not self.beside:
             out = out + told.residual
@@ -157,7 +168,7 @@ class InMultihead(TitansAttention):
 
     # What nn.TransformerEncoderLayer reads to decide that it cannot skip calling this.
     in_proj_bias, _qkv_same_embed_dim = None, True
-    batch_first = False
+    batch_first, causal = False, False
 
     @property
     def num_heads(self) -> int:
@@ -174,21 +185,53 @@ class InMultihead(TitansAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        if any(x is not None and x is not query for x in (key, value)):
-            raise ValueError("key, value: got other tensors than query, takes the same")
+        for name, other in (("key", key), ("value", value)):
+            if other is not None and not _same(other, query):
+                raise ValueError(f"{name}: got other tensors than query, takes the same")
+        causal = is_causal or attn_mask is not None or self.causal or self.beside
         x, batched = query, query.dim() == 3
         if not batched:
             x = x[None]
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         elif not self.batch_first:
             x = x.transpose(0, 1)
-        real = None
-        if key_padding_mask is not None:  # True, or -inf to be added, at padding
-            real = key_padding_mask == 0
-        out, _, _ = super().forward(x, attention_mask=real)
+        if not causal and x.shape[1] > 1 and not torch.compiler.is_compiling():
+            warnings.warn(READS_ON.format("nn.MultiheadAttention without a mask"), stacklevel=2)
+        mask = self._mask(x, key_padding_mask, attn_mask)
+        out, _, _ = super().forward(x, attention_mask=mask)
         if not batched:
             return out[0], None
         return (out if self.batch_first else out.transpose(0, 1)), None
+
+    def _mask(self, x: Tensor, padding: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
+        """Both masks in one, of what is seen. Theirs are True, or far below 0, at what is not."""
+        real = None if padding is None else ~_hidden(padding)
+        if attn_mask is None:
+            return real
+        (B, T), takes = x.shape[:2], "[T, T] or [B * heads, T, T]"
+        if attn_mask.dim() not in (2, 3) or attn_mask.shape[-2:] != (T, T):
+            raise ValueError(f"attn_mask: got {list(attn_mask.shape)}, takes {takes}, T = {T}")
+        if attn_mask.dim() == 3 and attn_mask.shape[0] % max(B, 1):
+            raise ValueError(f"attn_mask: got {list(attn_mask.shape)}, takes {takes}, B = {B}")
+        seen = ~_hidden(attn_mask)
+        seen = seen[None, None] if seen.dim() == 2 else seen.unflatten(0, (B, -1))
+        return seen if real is None else seen & real[:, None, None]
+
+
+def _hidden(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else ~(mask > masks.HIDDEN)
+
+
+def _same(other: Tensor, query: Tensor) -> bool:
+    """Whether this is the query: itself, as hooks and checkpoints pass it on, or a copy of it."""
+    if other is query:
+        return True
+    if other.shape != query.shape or other.device != query.device or other.dtype != query.dtype:
+        return False
+    if torch._C._is_alias_of(other, query):
+        layout = other.stride(), other.storage_offset()
+        return layout == (query.stride(), query.storage_offset())
+    return not torch.compiler.is_compiling() and bool(torch.equal(other, query))
 
 
 def gated(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

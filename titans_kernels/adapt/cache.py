@@ -25,6 +25,7 @@ class MemoryLayer(CacheLayerMixin):
 
     def __init__(self, beside: int | None = None) -> None:
         super().__init__()
+        self.fixed = False  # whether the cache is as long as it will ever be, from the start
         self.beside = beside  # the layer of attention that this one is beside of
         self.state: State | None = None
         self.seen = 0
@@ -106,6 +107,9 @@ def memory_layer(cache: Any, index: int, beside: bool = False, others: int = 0) 
     if not isinstance(cache, Cache):
         got = type(cache).__name__
         raise TypeError(f"past_key_values: got {got}, takes a Cache of transformers or None")
+    if beside and torch.compiler.is_compiling() and cache.is_compileable:
+        got = f"{type(cache).__name__} in a compiled model"
+        raise ValueError(f"past_key_values: got {got}; pass disable_compile=True to generate")
     # A cache that makes its layers when they are first used must not use ours for another.
     while len(cache.layers) < max(others, index + 1):
         cache.layers.append((cache.layer_class_to_replicate or MemoryLayer)())
@@ -113,8 +117,13 @@ def memory_layer(cache: Any, index: int, beside: bool = False, others: int = 0) 
         for layer in cache.layers:
             if isinstance(layer, MemoryLayer) and layer.beside == index:
                 return layer
-        cache.layers.append(MemoryLayer(beside=index))
-        return cache.layers[-1]
+        layer = MemoryLayer(beside=index)
+        if isinstance(cache.layers[index], StaticLayer):
+            # Or the cache would not be one of fixed size any more, and the host would mask it as
+            # one that grows.
+            layer.fixed = layer.is_compileable = True
+        cache.layers.append(layer)
+        return layer
 
     layer = cache.layers[index]
     if isinstance(layer, MemoryLayer):

@@ -13,6 +13,7 @@ from torch import nn
 from .. import checks
 from . import hosts
 from .attention import (
+    READS_ON,
     ClosedGate,
     InHost,
     InMultihead,
@@ -94,6 +95,8 @@ def replace(
         if module not in layers:
             layer = _layer(model, name, module, variant, dim, heads, options)
             layer.others, layer.beside = others, mode == "beside"
+            if isinstance(layer, InMultihead):
+                layer.causal = causal
             layers[module] = layer.train(module.training)
     if mode == "replace" and not causal:
         _warn(chosen)
@@ -131,11 +134,7 @@ def _chosen(model: nn.Module, where: Where) -> dict[str, nn.Module]:
 def _warn(chosen: dict[str, nn.Module]) -> None:
     names = [name for name, module in chosen.items() if hosts.sees_both_ways(module)]
     if names:
-        warnings.warn(
-            f"attention that sees both ways becomes a memory that reads left to right in "
-            f"{', '.join(names)}; causal=True says that this is meant",
-            stacklevel=3,
-        )
+        warnings.warn(READS_ON.format(", ".join(names)), stacklevel=3)
 
 
 def _matches(where: Where, name: str, module: nn.Module) -> bool:
@@ -181,7 +180,7 @@ def _layer(
         return multi
     layer = InHost(dim, heads, variant, layer_idx=index, **options)
     layer.names, layer.defaults = hosts.signature(module)
-    layer.masks, layer.chunk = hosts.masks(module), hosts.chunk(module)
+    layer.takes_masks, layer.chunk = hosts.masks(module), hosts.chunk(module)
     layer.form = hosts.form(module, dim)
     return layer
 

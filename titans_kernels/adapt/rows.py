@@ -6,11 +6,15 @@ either side or in between, and which begin a new sequence in the middle of a row
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import masks
 
 
 class Rows(NamedTuple):
@@ -37,41 +41,43 @@ class Rows(NamedTuple):
 
 
 def rows_of(
-    x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None, past: bool = False
+    x: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+    past: bool = False,
+    *,
+    seen: int | None = None,
+    chunk: int | None = None,
 ) -> Rows | None:
     """How to pack x [B, T, C]; None where every row is one whole sequence. Waits for a GPU.
 
     Args:
-        attention_mask: [B, K] with 0 at padding, or [B, 1, T or 1, K], bool or added to the scores.
-            The last T of K are those of x.
+        attention_mask: as `masks.read` takes it.
         position_ids: [B, T]. Where no mask says so, a position that does not follow the one before
             begins a sequence.
         past: whether the rows go on from earlier ones, so that no sequence begins here.
+        seen: the place of x in the mask. Default: at its end.
+        chunk: after how many tokens attention forgets, though the sequence goes on.
     """
+    if attention_mask is None and (position_ids is None or past or x.shape[1] < 2):
+        return None
+    if _without_values(x):  # nothing to look at; the shapes are the same
+        return None
     B, T = x.shape[:2]
     if attention_mask is not None:
-        if not isinstance(attention_mask, Tensor):
-            got = type(attention_mask).__name__
-            raise TypeError(f"attention_mask: got {got}, takes a tensor, as for sdpa or eager")
-        shape = tuple(attention_mask.shape)
-        square = len(shape) == 4 and shape[2] in (1, T)
-        if not (len(shape) == 2 or square) or shape[-1] < T:
-            takes = f"[B, K] or [B, 1, T, K] with T = {T}, K >= T"
-            raise ValueError(f"attention_mask: got {list(shape)}, takes {takes}")
-        attention_mask = attention_mask.to(x.device).expand(B, *shape[1:])
-        if len(shape) == 2:
-            real, begins = attention_mask[:, -T:].bool(), None
-        elif shape[2] < T:  # every token sees the same, which are all that are no padding
-            real, begins = _visible(attention_mask[:, 0, 0, -T:]), None
-        else:
-            real, begins = _from_square(_visible(attention_mask[:, 0]))
-    elif position_ids is not None and position_ids.dim() == 2 and not past and T > 1:
+        real, begins = masks.read(attention_mask, (B, T), x.device, seen)
+        if begins is not None and chunk is not None:
+            begins = begins & ~_of_chunks(real, begins, position_ids, chunk)
+    elif position_ids is not None and position_ids.dim() == 2:
         real = torch.ones(B, T, dtype=torch.bool, device=x.device)
         begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True).expand(B, T)
     else:
         return None
 
-    several = begins is not None and not past and bool((begins.sum(1) > 1).any())
+    several = begins is not None and bool((begins.sum(1) > 1).any())
+    if several and past and chunk is None:
+        raise ValueError("past_key_values: takes None together with packed sequences")
+    several = several and not past
     if not several and bool(real.all()):
         return None
     if several:
@@ -83,36 +89,54 @@ def rows_of(
     return Rows(real.flatten().nonzero()[:, 0], cu_seqlens, (B, T))
 
 
+def _of_chunks(real: Tensor, begins: Tensor, position_ids: Tensor | None, chunk: int) -> Tensor:
+    """Which of the beginnings [B, T] are those of a chunk in a sequence that goes on."""
+    place = real.cumsum(1) - 1
+    grid = (place % chunk == 0) & (place > 0)
+    if position_ids is not None and position_ids.dim() == 2:
+        return grid & F.pad(position_ids.diff(dim=1) == 1, (1, 0), value=False)
+    if bool((begins & ~grid).sum(1).gt(1).any()):
+        raise ValueError("position_ids: got None, takes those of packed sequences with chunks")
+    return grid
+
+
+def _without_values(x: Tensor) -> bool:
+    return x.is_meta or (is_fake(x) and not torch.compiler.is_compiling())
+
+
+# The rows of a mask for as long as it lives. On our side: a mask is the user's to save and to send.
+_KNOWN: Any = WeakTensorKeyDictionary()
+
+
 def rows_once(
-    x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None, past: bool = False
+    x: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+    past: bool = False,
+    *,
+    seen: int | None = None,
+    chunk: int | None = None,
 ) -> Rows | None:
     """`rows_of`, but the many layers of a host that are given the same tensor wait only once."""
+
+    def made() -> Rows | None:
+        return rows_of(x, attention_mask, position_ids, past, seen=seen, chunk=chunk)
+
     source = position_ids if attention_mask is None else attention_mask
-    if not isinstance(source, Tensor) or source.is_inference() or torch.compiler.is_compiling():
-        return rows_of(x, attention_mask, position_ids, past)
-    key = (source._version, *x.shape[:2], past)
-    found = getattr(source, "_titans_rows", None)
-    if found is None or found[0] != key:
-        found = key, rows_of(x, attention_mask, position_ids, past)
-        source._titans_rows = found  # type: ignore[attr-defined]
-    return found[1]
-
-
-def _visible(mask: Tensor) -> Tensor:
-    """A mask of what is seen, or one to be added to scores, as a mask of what is seen."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
-def _from_square(visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Of what queries see, [B, T, K]: which are tokens, and which begin a sequence, [B, T].
-
-    Causal masks let a token see itself, padding not even that; the first of a sequence does not
-    see the token before it.
-    """
-    T, K = visible.shape[1:]
-    real = visible.diagonal(K - T, 1, 2)
-    place = torch.arange(K - T, K, device=visible.device)
-    last = torch.where(real, place, -1).cummax(1).values
-    before = F.pad(last[:, :-1], (1, 0), value=-1)
-    seen = visible.gather(2, before.clamp(min=0)[..., None])[..., 0]
-    return real, real & ~((before >= 0) & seen)
+    if not isinstance(source, Tensor) or torch.compiler.is_compiling() or _without_values(source):
+        return made()
+    # NumPy and `.data` write without a trace, on a CPU where a copy is cheap to compare with.
+    copied = source.device.type == "cpu"
+    if source.is_inference() and not copied:
+        return made()
+    version = None if source.is_inference() else source._version
+    positions = None if position_ids is None else id(position_ids)
+    key = (version, x.device, *x.shape[:2], past, seen, chunk, chunk and positions)
+    found = _KNOWN.get(source)
+    if found is not None and found[0] == key and (not copied or torch.equal(found[1], source)):
+        return found[2]
+    with torch.inference_mode(False), torch.no_grad():  # for training too, whoever asks first
+        copy = source.clone() if copied else None
+        found = key, copy, made()
+    _KNOWN[source] = found
+    return found[2]
