@@ -228,9 +228,8 @@ def _same(other: Tensor, query: Tensor) -> bool:
         return True
     if other.shape != query.shape or other.device != query.device or other.dtype != query.dtype:
         return False
-    if torch._C._is_alias_of(other, query):
-        layout = other.stride(), other.storage_offset()
-        return layout == (query.stride(), query.storage_offset())
+    if other.is_set_to(query):
+        return True
     return not torch.compiler.is_compiling() and bool(torch.equal(other, query))
 
 
