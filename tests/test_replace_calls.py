@@ -1,6 +1,7 @@
 """What hosts tell their attention and get back from it: understood, or refused by name."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 from titans_kernels import replace
-from titans_kernels.adapt import TitansAttention
+from titans_kernels.adapt import TitansAttention, versions
 
 V = 37
 _IDS = {
@@ -248,3 +249,14 @@ def test_attention_that_sees_both_ways():
         replace(_build(AutoModel, "bert", **_ENCODER), where, "lmm", causal=True)
         replace(_build(AutoModel, "bert", **_ENCODER), where, "lmm", mode="beside")
         replace(_build(AutoModelForCausalLM, "llama", **_LLAMA), "*.self_attn", "lmm")
+
+
+def test_an_older_transformers_is_refused_by_number(monkeypatch):
+    model = _build(AutoModelForCausalLM, "llama", **_LLAMA)
+    monkeypatch.setattr(versions, "version", lambda name: "4.57.1")
+    with pytest.raises(ImportError, match=r"transformers: got version 4\.57\.1, takes 5\.23"):
+        replace(model, "*.self_attn", "lmm")
+    monkeypatch.setattr(versions, "version", lambda name: "5.23.0")
+    assert len(replace(model, "*.self_attn", "lmm")) == 2
+    setup = Path(__file__).parents[1].joinpath("setup.py").read_text(encoding="utf-8")
+    assert f"transformers>={'.'.join(map(str, versions.OLDEST))}" in setup

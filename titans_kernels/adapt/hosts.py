@@ -11,6 +11,7 @@ from torch import nn
 
 from .arguments import KNOWN, MASKS, OF_ATTENTION, OTHER_SEQUENCES
 from .source import Form, adds_its_input, returned, tried
+from .versions import check_transformers
 
 # Attention to another sequence, by the names that hosts give it.
 _CROSS = re.compile(r"cross|encoder_attn|encdec|enc_dec|enc_attn|encoder_attention", re.IGNORECASE)
@@ -25,6 +26,8 @@ def check(model: nn.Module, name: str, module: nn.Module, replaced: bool) -> Non
         TypeError: it is not called as attention is, or needs what a memory does not understand.
     """
     kind = type(module).__name__
+    if type(module).__module__.startswith("transformers."):
+        check_transformers()
     if _is_cross(model, name, module):
         raise ValueError(f"where: {name} is cross-attention, takes attention to one sequence")
     if isinstance(module, nn.MultiheadAttention):

@@ -4,11 +4,15 @@ Importing this registers them: `AutoConfig`, `AutoModel` and `AutoModelForCausal
 "titans".
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from ..adapt.versions import check_transformers
 
-from ..adapt.cache import TitansCache
-from .configuration import TitansConfig
-from .modeling import TitansForCausalLM, TitansModel, TitansPreTrainedModel
+check_transformers()  # before an import fails for a name that an older one lacks
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
+
+from ..adapt.cache import TitansCache  # noqa: E402
+from .configuration import TitansConfig  # noqa: E402
+from .modeling import TitansForCausalLM, TitansModel, TitansPreTrainedModel  # noqa: E402
 
 AutoConfig.register("titans", TitansConfig, exist_ok=True)
 AutoModel.register(TitansConfig, TitansModel, exist_ok=True)

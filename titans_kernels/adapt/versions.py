@@ -1,0 +1,23 @@
+"""Which transformers the hosts may come from."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+OLDEST = (5, 23)  # setup.py says the same; older ones call caches and configurations otherwise
+
+
+def check_transformers() -> None:
+    """Refuse a transformers that is older than supported, by number.
+
+    Raises:
+        ImportError: it is older. Where there is none, importing it says so.
+    """
+    try:
+        got = version("transformers")
+    except PackageNotFoundError:
+        return
+    numbers = tuple(int(part) for part in got.split(".")[:2] if part.isdigit())
+    if numbers < OLDEST:
+        takes = ".".join(map(str, OLDEST))
+        raise ImportError(f"transformers: got version {got}, takes {takes} or newer")
