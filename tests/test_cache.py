@@ -9,7 +9,7 @@ from titans_kernels import neural_memory
 pytest.importorskip("transformers")
 
 from titans_kernels.adapt.cache import MemoryLayer
-from titans_kernels.adapt.rows import rows_of
+from titans_kernels.adapt.rows import rows_of, rows_once
 
 
 def _layer():
@@ -50,3 +50,16 @@ POSITIONS = {
 def test_where_positions_say_that_sequences_begin(positions, ends):
     rows = rows_of(torch.zeros(1, 4, 8), None, torch.tensor([positions]))
     assert (rows and rows.cu_seqlens.tolist()) == ends
+
+
+def test_a_mask_is_read_again_when_anything_has_changed():
+    """Its values in place, the tokens it is for, or whether they go on from earlier ones."""
+    x, mask = torch.zeros(2, 4, 8), torch.ones(2, 4, dtype=torch.long)
+    assert rows_once(x, mask) is None
+    mask[0, 0] = 0
+    assert rows_once(x, mask).cu_seqlens.tolist() == [0, 3, 7]
+    assert rows_once(x, mask) is rows_once(x, mask)
+    assert rows_once(x[:, :2], mask) is None  # the last two columns are theirs
+    positions = torch.tensor([[0, 1, 0, 1]])
+    assert rows_once(x[:1], None, positions).cu_seqlens.tolist() == [0, 2, 4]
+    assert rows_once(x[:1], None, positions, past=True) is None

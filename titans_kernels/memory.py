@@ -99,6 +99,11 @@ def neural_memory(
     that flow through the state alone. The PyTorch backend has derivatives of any order, in forward
     mode too, and takes the transforms of `torch.func`; Triton's refuses both.
 
+    A NaN or an infinity is causal: in q it reaches its own output, in k, v or a gate those from its
+    token on, of its sequence and head, and the state. Gradients that depend on it are not finite.
+    Weights that diverge from finite inputs until they overflow, and the transforms of `torch.func`,
+    may make outputs non-finite from the start of their block on, up to 128 tokens earlier.
+
     Raises:
         TypeError, ValueError: an argument that does not fit; it names what it got and what it
         takes.
