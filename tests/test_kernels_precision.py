@@ -4,6 +4,8 @@ One body serves the interpreter and a GPU. Every run is on poisoned memory: what
 is NaN, so an entry that no kernel writes, or that one reads too early, is seen.
 """
 
+import subprocess
+import sys
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from unittest import mock
@@ -270,6 +272,33 @@ def test_tf32_only_when_torch_says_so():
         assert_within_yardstick(name, tf32[name], want, yard, 2.5, 4.0)
         error, coarse = ((x[name].double() - want).norm() for x in (ieee, tf32))
         assert error < coarse / 50
+
+
+NEW_SETTINGS = """
+import torch
+from titans_kernels.kernels.launch import network_options
+def precision():
+    return network_options(1, "relu", True, None)["PRECISION"]
+def settled(value):
+    assert precision() == value, (precision(), value)
+settled("ieee")
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+settled("tf32")
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+settled("ieee")
+torch.backends.cuda.matmul.fp32_precision = "none"
+torch.backends.fp32_precision = "tf32"
+settled("tf32")
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9"
+)
+def test_tf32_by_fp32_precision():
+    """In a process of its own: a setting once made by name cannot be mixed with `allow_tf32`."""
+    done = subprocess.run([sys.executable, "-c", NEW_SETTINGS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ------------------------------------------------------------------------------ the same bits

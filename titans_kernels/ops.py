@@ -43,11 +43,12 @@ def _module(backend: str) -> ModuleType:
 
 
 def _closed(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Autograd and autocast end at an op."""
+    """Autograd and autocast end at an op; kernels are launched on the device of its tensors."""
 
     @wraps(op)
     def run(q: Tensor, *args: Any) -> Any:
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False), _turn():
+        autocast = torch.autocast(q.device.type, enabled=False)
+        with torch.no_grad(), autocast, torch.cuda.device_of(q), _turn():
             return op(q, *args)
 
     return run

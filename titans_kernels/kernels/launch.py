@@ -67,8 +67,19 @@ def network_options(
         ACTIVATION=activation,
         HAS_NORM=norm is not None,
         RESIDUAL=residual,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION="tf32" if _tf32() else "ieee",
     )
+
+
+def _tf32() -> bool:
+    """Whether torch multiplies float32 matrices in TF32, by whichever of its settings was used.
+
+    Reading `allow_tf32` raises once `fp32_precision` is set; `fp32_precision` follows both.
+    """
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch >= 2.9
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
 
 
 class Scratch(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,28 @@ def _tile(q: Tensor, weights: list[Tensor], chunk_size: int = 16, backward: bool
 
 
 Count = TypeVar("Count", int, Tensor)
+
+
+Record = TypeVar("Record", Packed, Reading)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Contiguous, and aligned as Triton's widest loads want it: kernels know no strides, and are
+    compiled anew for a pointer that 16 does not divide."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _dense_all(tensors: list[Tensor]) -> list[Tensor]:
+    return [_dense(x) for x in tensors]
+
+
+def _dense_record(record: Record) -> Record:
+    """Every tensor that reaches a kernel goes through here, index tensors too."""
+    fields: list[Any] = [
+        _dense(x) if isinstance(x, Tensor) else x if x is None else _dense_all(x) for x in record
+    ]
+    return type(record)(*fields)
 
 
 class Intervals(NamedTuple):
@@ -117,6 +139,7 @@ def forward(
     final: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
     """Answers and final state, if asked; where there is anything to keep, it is filled in."""
+    packed = _dense_record(packed)
     plan = Plan.of(packed, options, chunk_size, longest, backward=bool(kept))
     problem, tokens = plan.problem, plan.tokens
     depth = len(packed.weights)
@@ -160,9 +183,10 @@ def backward(
     Of a group, forward is computed again: its scratch, of about 16 KB a token and head at D 64 and
     hidden 256, is all that is held beside the states that forward kept, 128 bytes a token and head.
     """
+    packed, kept, do = _dense_record(packed), _dense_all(kept), _dense(do)
     plan = Plan.of(packed, options, chunk_size, longest)
     problem, tokens, depth = plan.problem, plan.tokens, len(packed.weights)
-    q, do, dnorm = packed.q.contiguous(), do.contiguous(), None
+    q, dnorm = packed.q, None
     # zero where rows of the packed tokens are nobody's
     dtokens = TokenGrad(*(torch.zeros_like(x, memory_format=_DENSE) for x in packed[:6]))
     dstate, danchor = [_copy(x) for x in dfinal], [_copy(x) for x in dfinal]
@@ -247,9 +271,10 @@ def _starts(
 
 def retrieve(reading: Reading, options: Options, longest: int) -> Tensor:
     """f(q) at the weights of every sequence."""
+    reading = _dense_record(reading)
     return launch.recall(
         reading.q,
-        tuple(w.to(reading.q.dtype).contiguous() for w in reading.weights),
+        tuple(w.to(reading.q.dtype) for w in reading.weights),
         reading.norm,
         reading.cu,
         longest,
