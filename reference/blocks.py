@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .memory import State, neural_memory, retrieve
+from .memory import ShardState, State, neural_memory, retrieve
 
 Parameters = Mapping[str, Tensor]
 
@@ -83,8 +83,8 @@ def _memory(x: Tensor, p: Parameters, options: Options) -> Tensor:
 
 
 def _learn(
-    inputs: list[Tensor], p: Parameters, options: Options, state: State | None
-) -> tuple[Tensor, State | None]:
+    inputs: list[Tensor], p: Parameters, options: Options, state: State | ShardState | None
+) -> tuple[Tensor, State | ShardState | None]:
     q, k, v, theta, alpha, eta = inputs
     return neural_memory(
         *(q, k, v, theta, alpha, eta, _weights(p)),

@@ -9,6 +9,10 @@ The memory is a small network f whose weights W are learned while the sequence i
     W_t   = (1 - alpha_t) W_{t-1} + S_t
     y_t   = f(q_t), at W_t
 
+With read="chunk", queries read the weights with which their chunk starts. With reset_every = S
+(TNT, arXiv 2511.07343), before every token at a position that is a multiple of S the memory is
+what it was before the first, and its momentum zero; chunks are counted from there.
+
 One sequence after another, one token after another; the heads are independent and lie side by
 side in one batched product. Everything is differentiable, the inner gradients included.
 Shapes: N sequences, T tokens, H heads of size D, L layers, C = chunk_size.
@@ -16,7 +20,7 @@ Shapes: N sequences, T tokens, H heads of size D, L layers, C = chunk_size.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +53,21 @@ class State(NamedTuple):
     length: Tensor  # int32 [N], tokens in the open chunk: 0 .. C - 1
 
 
+class ShardState(NamedTuple):
+    """The same of a memory with resets."""
+
+    weights: Weights
+    momentum: Weights
+    k: Tensor
+    v: Tensor
+    theta: Tensor
+    alpha: Tensor
+    eta: Tensor
+    length: Tensor
+    position: Tensor  # int32 [N], tokens since the last reset, 0 .. reset_every
+    reset_every: int
+
+
 def neural_memory(
     q: Tensor,
     k: Tensor,
@@ -62,10 +81,12 @@ def neural_memory(
     activation: str = "gelu_tanh",
     residual: bool = True,
     chunk_size: int = 16,
-    initial_state: State | None = None,
+    initial_state: State | ShardState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, State | None]:
+    read: str = "token",
+    reset_every: int | None = None,
+) -> tuple[Tensor, State | ShardState | None]:
     """Read a memory at every token while it learns from the tokens so far.
 
     Args:
@@ -86,6 +107,10 @@ def neural_memory(
         output_final_state: whether to return the state after the last token.
         cu_seqlens: where the packed sequences begin and end; B is 1, and N sequences.
             None or int [N + 1]
+        read: which weights a query reads: those after its token, or those its chunk starts with.
+            "token" or "chunk"
+        reset_every: tokens after which the memory starts again from `weights`.
+            None or int
 
     Returns:
         (o [B, T, H, D], State or None)
@@ -106,29 +131,33 @@ def neural_memory(
 
     outputs, states = [], []
     for n, (queries, *tokens) in enumerate(zip(*sequences, strict=True)):
-        if initial_state is None:
-            w_0, s_0 = weights, tuple(torch.zeros_like(w) for w in weights)
-        else:
+        start, age = (weights, tuple(torch.zeros_like(w) for w in weights)), 0
+        fresh = start
+        if initial_state is not None:
             w_0, s_0, tail = _row(initial_state, n)
+            start = w_0, s_0
             tokens = [torch.cat(pair) for pair in zip(tail, tokens, strict=True)]
+            if reset_every is not None:
+                position = cast(ShardState, initial_state).position
+                age = int(position[n]) - len(tail[0])
         replayed = len(tokens[0]) - len(queries)  # tokens of the open chunk: no outputs for them
-        whole = len(tokens[0]) // chunk_size * chunk_size
 
         y = []
-        for t, (w, s) in enumerate(_learn(f, tokens, w_0, s_0, chunk_size)):
+        for t, now in enumerate(_learn(f, tokens, start, chunk_size, fresh, age, reset_every)):
             if t > replayed:
-                y.append(f(queries[t - replayed - 1], w))
-            if t == whole:
-                states.append((w, s, [x[whole:] for x in tokens]))
+                at = now.anchor if read == "chunk" else now.memory
+                y.append(f(queries[t - replayed - 1], at[0]))
         outputs.append(torch.stack(y) if y else torch.zeros_like(queries))
+        whole = now.anchor if now.opened else now.memory
+        states.append((*whole, [x[len(x) - now.opened :] for x in tokens], now.age))
 
     o = torch.stack(outputs) if cu_seqlens is None else torch.cat(outputs)[None]
-    return o, _stack(states, chunk_size) if output_final_state else None
+    return o, _stack(states, chunk_size, reset_every) if output_final_state else None
 
 
 def retrieve(
     q: Tensor,
-    weights_or_state: Weights | State,
+    weights_or_state: Weights | State | ShardState,
     *,
     norm: tuple[Tensor, Tensor] | None = None,
     activation: str = "gelu_tanh",
@@ -155,13 +184,13 @@ def retrieve(
     f = partial(_memory, norm=norm, activation=ACTIVATIONS[activation], residual=residual)
     if not hasattr(weights_or_state, "momentum"):
         return f(q, weights_or_state)
-    state = cast(State, weights_or_state)
+    state = cast(State | ShardState, weights_or_state)
 
     outputs = []
     for n, queries in enumerate(_sequences(q, cu_seqlens)):
         w, s, tail = _row(state, n)
-        *_, (last, _) = _learn(f, tail, w, s, chunk_size=state.k.shape[1])
-        outputs.append(f(queries, last))
+        *_, last = _learn(f, tail, (w, s), chunk_size=state.k.shape[1])
+        outputs.append(f(queries, last.memory[0]))
     return torch.stack(outputs) if cu_seqlens is None else torch.cat(outputs)[None]
 
 
@@ -182,31 +211,49 @@ def _memory(
     return x + y if residual else y
 
 
+Memory = tuple[Weights, Weights]  # W and S
+
+
+class _Moment(NamedTuple):
+    """Between two tokens of a sequence."""
+
+    memory: Memory
+    anchor: Memory  # what the chunk of the last token started with
+    opened: int  # tokens in the open chunk
+    age: int  # tokens since the last reset
+
+
 def _learn(
     f: Callable[[Tensor, Weights], Tensor],
     tokens: Sequence[Tensor],
-    weights: Weights,
-    momentum: Weights,
+    start: Memory,
     chunk_size: int,
-) -> Iterator[tuple[Weights, Weights]]:
-    """Yield (W_t, S_t) of one sequence for t = 0 .. T tokens read; the first starts a chunk."""
+    fresh: Memory | None = None,
+    age: int = 0,
+    reset_every: int | None = None,
+) -> Iterator[_Moment]:
+    """Yield what one sequence is after t = 0 .. T tokens; the first token starts a chunk."""
 
     def loss(
         weights: Weights, k: Tensor, v: Tensor
     ) -> Tensor:  # summed over the heads, whose weights are separate
         return (f(k, weights) - v).square().sum()
 
-    yield weights, momentum
-    for t, (k, v, theta, alpha, eta) in enumerate(zip(*tokens, strict=True)):
-        if t % chunk_size == 0:
-            anchor = weights
-        g = grad(loss)(anchor, k, v)
+    (weights, momentum), opened = start, 0
+    yield _Moment(start, start, 0, age)
+    for k, v, theta, alpha, eta in zip(*tokens, strict=True):
+        if age == reset_every:
+            (weights, momentum), opened, age = cast(Memory, fresh), 0, 0
+        if opened == 0:
+            anchor = weights, momentum
+        g = grad(loss)(anchor[0], k, v)
         theta, alpha, eta = (_per_layer(gate, weights) for gate in (theta, alpha, eta))
         momentum = tuple(
             e * s - lr * g for e, s, lr, g in zip(eta, momentum, theta, g, strict=True)
         )
         weights = tuple((1 - a) * w + s for a, w, s in zip(alpha, weights, momentum, strict=True))
-        yield weights, momentum
+        opened, age = (opened + 1) % chunk_size, age + 1
+        yield _Moment((weights, momentum), anchor, opened, age)
 
 
 def _per_layer(gate: Tensor, weights: Weights) -> list[Tensor]:
@@ -220,16 +267,16 @@ def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
     return x.unbind() if cu_seqlens is None else x[0].split(cu_seqlens.diff().tolist())
 
 
-def _row(state: State, n: int) -> Row:
+def _row(state: State | ShardState, n: int) -> Row:
     """W, S and the open chunk's tokens [k, v, theta, alpha, eta] of sequence n in a state."""
     length = int(state.length[n])
     tokens = [x[n, :length] for x in (state.k, state.v, state.theta, state.alpha, state.eta)]
     return tuple(w[n] for w in state.weights), tuple(s[n] for s in state.momentum), tokens
 
 
-def _stack(rows: list[Row], chunk_size: int) -> State:
-    """The State of N sequences, from the N triples that `_row` would give back."""
-    weights, momentum, tokens = zip(*rows, strict=True)
+def _stack(rows: list[Any], chunk_size: int, reset_every: int | None) -> State | ShardState:
+    """The State of N sequences: of each what `_row` would give back, and its age."""
+    weights, momentum, tokens, ages = zip(*rows, strict=True)
     length = torch.tensor([len(k) for k, *_ in tokens], dtype=torch.int32)
 
     def pad(x: Tensor) -> Tensor:  # [length, ...] -> [C, ...]
@@ -238,7 +285,7 @@ def _stack(rows: list[Row], chunk_size: int) -> State:
     k, v, theta, alpha, eta = (
         torch.stack([pad(x) for x in xs]) for xs in zip(*tokens, strict=True)
     )
-    return State(
+    state = State(
         weights=tuple(torch.stack(w) for w in zip(*weights, strict=True)),
         momentum=tuple(torch.stack(s) for s in zip(*momentum, strict=True)),
         k=k,
@@ -248,3 +295,7 @@ def _stack(rows: list[Row], chunk_size: int) -> State:
         eta=eta,
         length=length.to(k.device),
     )
+    if reset_every is None:
+        return state
+    position = torch.tensor(ages, dtype=torch.int32, device=k.device)
+    return ShardState(*state, position, reset_every)

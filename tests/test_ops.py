@@ -69,7 +69,7 @@ def _packed(case, requires_grad):
     weights, norm, cu_seqlens = inputs["weights"], inputs["norm"], inputs.get("cu_seqlens")
     packed, longest = pack(q, k, v, tuple(gates), weights, norm, state, cu_seqlens)
     leaves = [x.requires_grad_(requires_grad) for x in packed.differentiable()]
-    return packed.like(leaves), (case.backend, "gelu_tanh", True, case.chunk, longest)
+    return packed.like(leaves), (case.backend, "gelu_tanh", True, "token", case.chunk, longest)
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["no gradients", "gradients"])
@@ -101,7 +101,7 @@ def test_its_backward(case):
 
 
 def _reading(case, requires_grad):
-    packed, (*how, _, _) = _packed(case, requires_grad)
+    packed, (*how, _, _, _) = _packed(case, requires_grad)
     starts = torch.cat([packed.ask, torch.tensor([len(packed.q)])])
     return Reading(packed.q, packed.weights, packed.norm, starts), (*how, case.T)
 

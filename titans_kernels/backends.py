@@ -16,7 +16,7 @@ OLDEST_TRITON = 3, 5  # tl.range takes disable_licm from there on
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose(backend: str, tokens: Tensor, matrices: Sequence[Tensor]) -> str:
+def choose(backend: str, tokens: Tensor, matrices: Sequence[Tensor], read: str = "token") -> str:
     """ "torch" or "triton", for tokens [M, H, D] and matrices [N, H, d_in, d_out].
 
     One that is named never falls back to another. "auto" takes torch: no GPU has run the Triton
@@ -25,7 +25,7 @@ def choose(backend: str, tokens: Tensor, matrices: Sequence[Tensor]) -> str:
     checks.choice("backend", backend, checks.BACKENDS)
     if backend != "triton":
         return "torch"
-    takes = _uncovered(tokens, matrices)
+    takes = "read = 'token'; got 'chunk'" if read == "chunk" else _uncovered(tokens, matrices)
     if takes is not None:
         raise NotImplementedError(f"backend: got 'triton', which takes {takes}")
     return "triton"

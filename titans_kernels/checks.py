@@ -11,6 +11,7 @@ from torch import Tensor
 from .state import MemoryState
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "identity")
+READS = ("token", "chunk")
 BACKENDS = ("auto", "torch", "triton")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -213,11 +214,23 @@ def state(
     for part in ("theta", "alpha", "eta"):
         x = getattr(value, part)
         shape(f"{name}.{part}", x, gate_shape, "[N, chunk_size, H] or [N, chunk_size, H, L]")
-    _tail_lengths(f"{name}.length", value.length, q, sequences, C)
+    _counts(f"{name}.length", value.length, q, sequences, C - 1, "chunk_size - 1")
+    if value.reset_every is not None:
+        most = value.reset_every
+        _counts(f"{name}.position", value.position, q, sequences, most, "reset_every")
 
 
-def _tail_lengths(name: str, value: Any, q: Tensor, sequences: int, chunk_size: int) -> None:
-    """Tokens in the open chunks. Values are looked at only on a CPU, as those of cu_seqlens."""
+def same_resets(name: str, value: MemoryState, reset_every: int | None) -> None:
+    """A state knows where its shard began only if it was made with the same resets."""
+    if value.reset_every != reset_every:
+        raise ValueError(
+            f"{name}: got a state made with reset_every = {value.reset_every}, "
+            f"takes one made with reset_every = {reset_every}"
+        )
+
+
+def _counts(name: str, value: Any, q: Tensor, sequences: int, most: int, meaning: str) -> None:
+    """A number of tokens for every sequence. Values are looked at only on a CPU."""
     tensor(name, value)
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: got dtype {value.dtype}, takes int32 or int64")
@@ -225,8 +238,6 @@ def _tail_lengths(name: str, value: Any, q: Tensor, sequences: int, chunk_size: 
         raise ValueError(f"{name}: got device {value.device}, takes that of q, {q.device}")
     shape(name, value, (sequences,), "[N]")
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        lengths = value.tolist()
-        if not all(0 <= n < chunk_size for n in lengths):
-            raise ValueError(
-                f"{name}: got {lengths}, takes values from 0 to chunk_size - 1 = {chunk_size - 1}"
-            )
+        found = value.tolist()
+        if not all(0 <= n <= most for n in found):
+            raise ValueError(f"{name}: got {found}, takes values from 0 to {meaning} = {most}")

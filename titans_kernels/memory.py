@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
 from torch import Tensor
 
 from . import checks, ops
@@ -19,6 +22,7 @@ from .packing import (
     segments,
     unpack,
 )
+from .shards import restart, shard
 from .state import MemoryState
 
 
@@ -38,6 +42,8 @@ def neural_memory(
     initial_state: MemoryState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    read: str = "token",
+    reset_every: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState | None]:
     """Titans' neural memory: a small MLP that learns keys to values while it answers queries.
@@ -76,11 +82,22 @@ def neural_memory(
             65,536. Default: 16.
         initial_state (MemoryState | None):
             Where B sequences (N with cu_seqlens) go on; `weights` then gives depth and shapes only
-            and has a zero gradient.
+            and has a zero gradient, but where resets return to it. Made with the same
+            reset_every.
         output_final_state (bool):
             Whether to return the state. Default: False.
         cu_seqlens (Tensor | None):
             [N + 1] int32 or int64, 0 first and T last: sequences packed end to end in a batch of 1.
+        read (str):
+            "token": a query reads the weights after its own token, as above. "chunk": those with
+            which its chunk starts, as the global memory of TNT (arXiv 2511.07343) does; PyTorch
+            backend. Default: "token".
+        reset_every (int | None):
+            Before every token at a position that is a multiple of it, counted from the start of
+            its sequence, the memory returns to `weights` and its momentum to zero, and chunks are
+            counted from there: the local memories of TNT. What lies between two resets, a shard,
+            depends on nothing before it, and all of them are computed side by side. `weights` has
+            the gradient of every shard that starts with it. Default: None, no resets.
         backend (str):
             "auto", "torch" or "triton". One that is named never falls back to another.
 
@@ -126,6 +143,9 @@ def neural_memory(
     checks.boolean("residual", residual)
     checks.boolean("output_final_state", output_final_state)
     checks.integer("chunk_size", chunk_size, 1)
+    checks.choice("read", read, checks.READS)
+    if reset_every is not None:
+        checks.integer("reset_every", reset_every, 1)
     if output_final_state:
         checks.state_rows("chunk_size", chunk_size)
     checks.cu_seqlens(cu_seqlens, q)
@@ -138,19 +158,33 @@ def neural_memory(
                 f"initial_state: got chunks of {initial_state.chunk_size} tokens, "
                 f"takes chunk_size = {chunk_size}"
             )
+        checks.same_resets("initial_state", initial_state, reset_every)
+        if reset_every is not None:
+            initial_state = restart(initial_state, tuple(weights), q.shape[1], cu_seqlens)
     packed, longest = pack(
         q, k, v, (theta, alpha, eta), tuple(weights), norm, initial_state, cu_seqlens
     )
-    chosen = choose(backend, packed.k, packed.weights)
-    options = Options(activation, residual)
+    chosen = choose(backend, packed.k, packed.weights, read)
+    options = Options(activation, residual, read)
     moves = initial_state is None or ends_chunk(initial_state, q.shape[1], cu_seqlens)
+    in_chunks = initial_state is not None and one_each(q, cu_seqlens)
+    shards, position = None, None
+    if reset_every is not None and in_chunks:  # one token each: no sequence has a second shard
+        assert initial_state is not None and initial_state.position is not None
+        position = initial_state.position + 1
+    elif reset_every is not None:
+        shards = shard(packed, tuple(weights), initial_state, q.shape[1], cu_seqlens, reset_every)
+        packed, position = shards.packed, shards.position
+        longest, moves = torch.sym_min(longest, reset_every), True
     asked = output_final_state and moves
     o, final = ops.neural_memory(packed, chosen, options, chunk_size, longest, asked)
     o = o.view(q.shape)
     if not output_final_state:
         return o, None
-    in_chunks = initial_state is not None and one_each(q, cu_seqlens)
-    return o, unpack(packed, final, chunk_size, theta.shape[2:], in_chunks)
+    if shards is not None:
+        packed, final = shards.ends(final)
+    state = unpack(packed, final, chunk_size, theta.shape[2:], in_chunks)
+    return o, dataclasses.replace(state, position=position, reset_every=reset_every)
 
 
 def retrieve(

@@ -112,8 +112,8 @@ def _kept(packed: Packed, backend: str, chunk_size: int, save: bool) -> list[Ten
 @torch.library.custom_op(
     "titans_kernels::neural_memory",
     mutates_args=(),
-    schema=f"({_PACKED}, {_OPTIONS}, SymInt chunk_size, SymInt longest, bool final, bool save)"
-    " -> (Tensor o, Tensor[] final, Tensor[] kept)",
+    schema=f"({_PACKED}, {_OPTIONS}, str read, SymInt chunk_size, SymInt longest, bool final, "
+    "bool save) -> (Tensor o, Tensor[] final, Tensor[] kept)",
 )
 @_closed
 def _memory(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -137,7 +137,7 @@ def _(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 @torch.library.custom_op(
     "titans_kernels::neural_memory_backward",
     mutates_args=(),
-    schema=f"({_PACKED}, {_OPTIONS}, SymInt chunk_size, SymInt longest, Tensor[] kept, "
+    schema=f"({_PACKED}, {_OPTIONS}, str read, SymInt chunk_size, SymInt longest, Tensor[] kept, "
     "Tensor do, Tensor[] dfinal) -> Tensor[]",
 )
 @_closed
@@ -208,7 +208,7 @@ def retrieve(reading: Reading, backend: str, options: Options, longest: int) -> 
     """Answers [M, H, D]."""
     if _transformed(reading.differentiable(), backend):
         return _module(backend).retrieve(reading, options, longest)
-    return _retrieve(*reading, backend, *options, longest)
+    return _retrieve(*reading, backend, options.activation, options.residual, longest)
 
 
 @torch.library.custom_op(

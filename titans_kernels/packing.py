@@ -24,6 +24,7 @@ class Options(NamedTuple):
 
     activation: str
     residual: bool
+    read: str = "token"  # "chunk": queries read the weights that their chunk starts with
 
 
 Tokens = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # k, v, theta, alpha, eta
@@ -113,12 +114,12 @@ def segments(q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
     if cu_seqlens is None:
         return torch.arange(B + 1, device=q.device) * T, T
     longest = T
-    if _known(cu_seqlens):
+    if known(cu_seqlens):
         longest = max((b - a for a, b in pairwise(cu_seqlens.tolist())), default=0)
     return cu_seqlens.to(q.device, torch.int64), longest
 
 
-def _known(lengths: Tensor) -> bool:
+def known(lengths: Tensor) -> bool:
     """Whether the values may be looked at: they are on the host, and no compiler is reading."""
     return lengths.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -128,11 +129,11 @@ def ends_chunk(state: MemoryState, T: int, cu_seqlens: Tensor | None) -> bool:
 
     If none does, weights and momenta stay what they are. False only where that is known.
     """
-    if not _known(state.length):
+    if not known(state.length):
         return True
     added: Iterable[int] = repeat(T)
     if cu_seqlens is not None:
-        if not _known(cu_seqlens):
+        if not known(cu_seqlens):
             return True
         added = (b - a for a, b in pairwise(cu_seqlens.tolist()))
     return any(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,17 +50,34 @@ C = TypeVar("C", bound=type)
 
 
 def registered(cls: C) -> C:
-    """Make a dataclass of tensors a pytree that `torch.load` trusts."""
+    """Make a dataclass of tensors a pytree that `torch.load` trusts.
+
+    What is None or a number is no leaf: it belongs to the structure.
+    """
     names = [field.name for field in fields(cls)]
+
+    def leaves(state: Any) -> tuple[list[str], dict[str, Any] | None]:
+        static = {n: x for n in names if isinstance(x := getattr(state, n), (int, type(None)))}
+        return [n for n in names if n not in static], static or None
+
+    def flatten(state: Any) -> tuple[list[Any], dict[str, Any] | None]:
+        found, static = leaves(state)
+        return [getattr(state, name) for name in found], static
+
+    def flatten_with_keys(state: Any) -> tuple[list[Any], dict[str, Any] | None]:
+        found, static = leaves(state)
+        return [(pytree.GetAttrKey(name), getattr(state, name)) for name in found], static
+
+    def unflatten(values: Iterable[Any], static: dict[str, Any] | None) -> Any:
+        found = [name for name in names if name not in (static or {})]
+        return cls(**dict(zip(found, values, strict=True)), **(static or {}))
+
     pytree.register_pytree_node(
         cls,
-        lambda state: ([getattr(state, name) for name in names], None),
-        lambda values, _: cls(*values),
+        flatten,
+        unflatten,
         serialized_type_name=f"titans_kernels.{cls.__name__}",
-        flatten_with_keys_fn=lambda state: (
-            [(pytree.GetAttrKey(name), getattr(state, name)) for name in names],
-            None,
-        ),
+        flatten_with_keys_fn=flatten_with_keys,
     )
     torch.serialization.add_safe_globals([cls])
     return cls
@@ -88,6 +105,9 @@ class MemoryState(State):
         theta, alpha, eta (Tensor): [N, chunk_size, H] or [N, chunk_size, H, L], likewise.
             Go on with gates of the same dtype: others are rounded to theirs.
         length (Tensor): [N] int32, tokens in the open chunk, 0 to chunk_size - 1.
+        position (Tensor | None): [N] int32, tokens since the last reset, 0 to reset_every: at
+            reset_every the next token resets the memory. None in a memory without resets.
+        reset_every (int | None): of the memory, where it has resets.
     """
 
     weights: tuple[Tensor, ...]
@@ -98,6 +118,8 @@ class MemoryState(State):
     alpha: Tensor
     eta: Tensor
     length: Tensor
+    position: Tensor | None = None
+    reset_every: int | None = None
 
     @property
     def chunk_size(self) -> int:

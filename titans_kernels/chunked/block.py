@@ -124,6 +124,17 @@ def errors(
     return chunks
 
 
+def chunk_grads(
+    grads: list[BlockGrad], anchor_grads: list[Tensor], chunk: int, size: int
+) -> list[LinkGrad]:
+    """Of every layer's weights at the start of a chunk of the block; the first one's apart."""
+    at = chunk * size
+    links = [grad.link(at, at + 1, at) for grad in grads]
+    if chunk:
+        return links
+    return [link._replace(state=x) for link, x in zip(links, anchor_grads, strict=True)]
+
+
 def errors_backward(
     chunks: list[Chunk],
     network: Network,
@@ -141,12 +152,7 @@ def errors_backward(
     for i in range(len(chunks) - 1, -1, -1):
         chunk, at = chunks[i], i * size
         here = slice(at, at + size)
-        link_grads = [grad.link(at, at + 1, at) for grad in grads]
-        if i == 0:
-            link_grads = [
-                link._replace(state=anchor)
-                for link, anchor in zip(link_grads, anchor_grads, strict=True)
-            ]
+        link_grads = chunk_grads(grads, anchor_grads, i, size)
 
         # Up through the errors: the error of a layer was made from that of the layer above.
         curved = []

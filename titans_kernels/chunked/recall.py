@@ -40,7 +40,9 @@ class _Span(NamedTuple):
 
 def _spans(reading: Reading, layout: Layout, options: Options) -> Iterator[_Span]:
     for span in layout.spans():
-        network = Network(*options, norm_rows(reading.norm, span.sequences))
+        network = Network(
+            options.activation, options.residual, norm_rows(reading.norm, span.sequences)
+        )
         places = Rows(span.queries, reading.q.shape[1])
         yield _Span(span.sequences, places, span.stop - span.start, network)
 

@@ -13,7 +13,7 @@ leaves it as the final state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from .block import (
     Chunk,
     advance,
     advance_backward,
+    chunk_grads,
     errors,
     errors_backward,
     read,
@@ -65,7 +66,9 @@ class Walk:
         self.tables = self.gates.tables()
         self.by = self.tables.blocks(len(packed.weights))
         dtype = accumulator(packed.q)
-        self.network = Network(*options, norm_rows(packed.norm, span.sequences))
+        norm = norm_rows(packed.norm, span.sequences)
+        self.network = Network(options.activation, options.residual, norm)
+        self.read = options.read
         self.k = self.box.tokens.take(packed.k, dtype)
         self.v = self.box.tokens.take(packed.v, dtype)
         self.q = self.box.queries.take(packed.q, dtype)
@@ -82,10 +85,54 @@ class Walk:
         D = [torch.cat([c.d[n] for c in chunks], 1) for n in range(depth)]
         return chunks, X, D
 
-    def answer(self, i: int, running: Sequence[Tensor | Apart], X: State, D: State) -> Tensor:
-        """Of block i to its queries, [R, n, D]."""
-        links = read_links(running, X, D, self.by[i], self.span.asked)
-        return read(self.q[i], links, self.network)
+    def answer(
+        self,
+        i: int,
+        running: Sequence[Tensor | Apart],
+        chunks: list[Chunk],
+        X: State,
+        D: State,
+    ) -> Tensor:
+        """Outputs of block i for its queries, [R, n, D]."""
+        if self.read == "token":
+            links = read_links(running, X, D, self.by[i], self.span.asked)
+            return read(self.q[i], links, self.network)
+        return torch.cat(
+            [read(self.q[i][:, at], chunks[c].links, self.network) for c, at in self.asked()], 1
+        )
+
+    def asked(self) -> Iterator[tuple[int, slice]]:
+        """Chunks of a block that have queries, and the columns of these."""
+        size, before = self.size.tokens // self.size.chunks, self.span.asked
+        for c in range(self.size.chunks):
+            if (c + 1) * size > before:
+                yield c, slice(max(c * size - before, 0), (c + 1) * size - before)
+
+    def answer_backward(
+        self,
+        i: int,
+        dout: Tensor,
+        running: State,
+        chunks: list[Chunk],
+        X: State,
+        D: State,
+        grads: list[BlockGrad],
+        anchor_grads: State,
+        norm_grad: NormGrad | None,
+    ) -> Tensor:
+        """The gradient of block i's queries; those of the rest are added in place."""
+        if self.read == "token":
+            asked, N = self.span.asked, self.size.tokens
+            links = read_links(running, X, D, self.by[i], asked)
+            link_grads = [grad.link(asked + 1, N + 1, N) for grad in grads]
+            return read_backward(dout, self.q[i], links, self.network, link_grads, norm_grad)
+        dq, size = torch.empty_like(self.q[i]), self.size.tokens // self.size.chunks
+        for c, at in self.asked():
+            link_grads = chunk_grads(grads, anchor_grads, c, size)
+            dq[:, at] = read_backward(
+                dout[:, at], self.q[i][:, at], chunks[c].links, self.network, link_grads, norm_grad
+            )
+        return dq
 
     def moves(self, i: int) -> bool:
         """Whether block i hands on another state than it started with; all but the last do."""
@@ -208,9 +255,9 @@ def run(
         walk = Walk(span, packed, layout, options)
         answers = []
         for i in range(span.stop - span.start):
-            _, X, D = walk.learn(i, anchor, 1)
+            chunks, X, D = walk.learn(i, anchor, 1)
             if walk.asks:
-                answers.append(walk.answer(i, running, X, D))
+                answers.append(walk.answer(i, running, chunks, X, D))
             before = running
             anchor, running = walk.hand_on(i, anchor, running, X, D, memory)
             if memory is not None and before is not anchor and before is not running:
@@ -233,8 +280,8 @@ def _run_still(packed: Packed, layout: Layout, options: Options, o: Tensor) -> N
         ]
         walk = Walk(span, packed, layout, options)
         if walk.asks:
-            _, X, D = walk.learn(0, state, 1)
-            walk.box.queries.put(o, walk.answer(0, state, X, D)[None])
+            chunks, X, D = walk.learn(0, state, 1)
+            walk.box.queries.put(o, walk.answer(0, state, chunks, X, D)[None])
 
 
 def run_backward(
@@ -301,7 +348,7 @@ def _span_backward(
     memory: Recycler,
 ) -> tuple[State, State]:
     """One span: forward again, then block after block in reverse. Fills in tokens' gradients."""
-    depth, blocks, asked = len(anchor), walk.span.stop - walk.span.start, walk.span.asked
+    depth, blocks = len(anchor), walk.span.stop - walk.span.start
     records = []
     for i in range(blocks):
         chunks, X, D = walk.learn(i, anchor, 2)
@@ -338,9 +385,7 @@ def _span_backward(
         if walk.size.blocks == 1:
             danchor = drunning
         if walk.asks:
-            links, N = read_links(running, X, D, by, asked), walk.size.tokens
-            link_grads = [grad.link(asked + 1, N + 1, N) for grad in block]
-            dq[i] = read_backward(dout[i], walk.q[i], links, walk.network, link_grads, norm)
+            dq[i] = walk.answer_backward(i, dout[i], running, chunks, X, D, block, danchor, norm)
         dk[i], dv[i] = errors_backward(chunks, walk.network, block, danchor, norm)
         if i > 0:
             memory.give(running)

@@ -101,7 +101,7 @@ class Plan(NamedTuple):
             for n in range(1, intervals.blocks + 1)
             if intervals.blocks % n == 0 and (n >= wanted or n == intervals.blocks)
         )
-        problem = Problem(chunk_size, blocks, group, *options, packed.norm, size)
+        problem = Problem(chunk_size, blocks, group, *options[:2], packed.norm, size)
         tokens = Tokens(*packed.tokens(), packed.bounds, packed.tail, packed.ask)
         return cls(problem, intervals, most, tokens)
 
@@ -278,6 +278,6 @@ def retrieve(reading: Reading, options: Options, longest: int) -> Tensor:
         reading.norm,
         reading.cu,
         longest,
-        *options,
+        *options[:2],
         _tile(reading.q, reading.weights).fitting(longest),
     )

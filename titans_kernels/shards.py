@@ -1,0 +1,131 @@
+"""Resets: a sequence as shards, each a sequence of its own, so that backends run them side by side.
+
+A shard holds the tokens between two resets. Shards of a sequence follow one another in the packed
+rows, so sharding moves no token: only the bounds are other ones. Plain PyTorch, nothing waits for a
+GPU: there the number of shards is a bound, and those too many are empty.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise, repeat
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .packing import Packed, known
+from .state import MemoryState
+
+
+class Shards(NamedTuple):
+    """All shards of all sequences, in order."""
+
+    packed: Packed  # a sequence each
+    last: Tensor  # [N] int64, the last shard of every sequence
+    position: Tensor  # [N] int32, tokens in it
+
+    def ends(self, final: list[Tensor]) -> tuple[Packed, list[Tensor]]:
+        """The last shards alone, and their final weights and momenta."""
+        packed = self.packed
+        *state, bounds, tail, ask = (
+            x.index_select(0, self.last)
+            for x in (*packed.weights, *packed.momentum, packed.bounds, packed.tail, packed.ask)
+        )
+        depth = len(packed.weights)
+        packed = packed._replace(
+            weights=state[:depth], momentum=state[depth:], bounds=bounds, tail=tail, ask=ask
+        )
+        return packed, [x.index_select(0, self.last) for x in final]
+
+
+def restart(
+    state: MemoryState, weights: tuple[Tensor, ...], T: int, cu_seqlens: Tensor | None
+) -> MemoryState:
+    """Sequences that have reached a reset and have a next token begin with `weights` again."""
+    assert state.position is not None and state.reset_every is not None
+    done = torch.eq(state.position, state.reset_every)
+    if cu_seqlens is not None:
+        done = done & (cu_seqlens.diff().to(done.device) > 0)
+    elif T == 0:
+        return state
+    if known(done) and not done.any():
+        return state
+    here = done.view(-1, 1, 1, 1)
+    return MemoryState(
+        tuple(
+            torch.where(here, w.to(x.dtype), x) for w, x in zip(weights, state.weights, strict=True)
+        ),
+        tuple(x.masked_fill(here, 0.0) for x in state.momentum),
+        *(state.k, state.v, state.theta, state.alpha, state.eta),
+        state.length.masked_fill(done, 0),
+        state.position.masked_fill(done, 0),
+        state.reset_every,
+    )
+
+
+def shard(
+    packed: Packed,
+    weights: tuple[Tensor, ...],
+    state: MemoryState | None,
+    T: int,
+    cu_seqlens: Tensor | None,
+    reset_every: int,
+) -> Shards:
+    """Every sequence as its shards: the first goes on from the state, later ones from `weights`."""
+    S, tail = reset_every, packed.tail
+    N, first = len(tail), packed.bounds[:, 0] + tail  # its first new token
+    new = packed.bounds[:, 1] - first
+    position = torch.zeros_like(tail) if state is None else state.position
+    assert position is not None
+    position = position.to(torch.int64)
+    count = ((position + new + S - 1) // S).clamp(min=1)  # [N] shards
+    stop = count.cumsum(0)
+
+    row = torch.arange(_most(N, T, position, state is None, cu_seqlens, S), device=tail.device)
+    n = torch.searchsorted(stop, row, right=True).clamp(max=N - 1)
+    nth = row - (stop - count)[n]  # the shard's place in its sequence
+    begins, left = (nth * S - position[n]).clamp(min=0), new[n]
+    begin, end = begins.minimum(left), (nth * S + S - position[n]).minimum(left)
+    opens = nth == 0
+    tails = tail[n].where(opens, 0)
+    bounds = torch.stack([first[n] + begin - tails, first[n] + end], 1)
+    packed = packed._replace(
+        weights=_first_or(packed.weights, weights, n, opens, state is None),
+        momentum=_first_or(packed.momentum, None, n, opens, state is None),
+        bounds=bounds,
+        tail=tails,
+        ask=packed.ask[n] + begin,
+    )
+    return Shards(packed, stop - 1, (position + new - (count - 1) * S).to(torch.int32))
+
+
+def _first_or(
+    first: list[Tensor],
+    later: tuple[Tensor, ...] | None,
+    n: Tensor,
+    opens: Tensor,
+    fresh: bool,
+) -> list[Tensor]:
+    """Per layer [shards, H, d_in, d_out]: a sequence's own where one opens it, else later ones'."""
+    if fresh:  # all start alike
+        return [x[:1].expand(len(n), *x.shape[1:]) for x in first]
+    here, out = opens.view(-1, 1, 1, 1), []
+    for i, x in enumerate(first):
+        other = x.new_zeros(()) if later is None else later[i].to(x.dtype)
+        out.append(torch.where(here, x.index_select(0, n), other))
+    return out
+
+
+def _most(N: int, T: int, position: Tensor, fresh: bool, cu_seqlens: Tensor | None, S: int) -> int:
+    """Shards of N sequences, of T tokens each without cu_seqlens: as many as may be."""
+    if fresh and cu_seqlens is None:
+        return N * torch.sym_max(1, (T + S - 1) // S)
+    if known(position) and (cu_seqlens is None or known(cu_seqlens)):
+        added = (
+            repeat(T) if cu_seqlens is None else (b - a for a, b in pairwise(cu_seqlens.tolist()))
+        )
+        pairs = zip(position.tolist(), added, strict=False)
+        return sum(max(1, -(-(p + more) // S)) for p, more in pairs)
+    if cu_seqlens is None:
+        return N * torch.sym_max(1, (T + 2 * S - 2) // S)
+    return 2 * N + T // S
