@@ -26,7 +26,7 @@ reference_packages = [REFERENCE, *(f"{REFERENCE}.{name}" for name in find_packag
 demo = ["matplotlib", "tqdm"]
 bench = ["matplotlib", "tqdm"]
 hf = ["transformers>=5.23"]  # older releases of 5 call caches and configurations otherwise
-train = ["tqdm", *hf]
+train = ["omegaconf>=2.3", "tqdm", *hf]
 dev = [
     "accelerate",  # what transformers' Trainer needs
     "hypothesis",

@@ -8,8 +8,10 @@ import torch
 
 from titans_kernels.demo.model import Block, ByteModel, is_unwritten, without_writing
 from titans_kernels.demo.reading import read, state_bytes, stream
-from titans_kernels.demo.text import bigram_bits, excerpts, gzip_bits, windows
-from titans_kernels.demo.training import Schedule, bits
+from titans_kernels.demo.text import bigram_bits, gzip_bits
+from titans_kernels.demo.training import Schedule
+from titans_kernels.train.measures import bits, by_doubling
+from titans_kernels.train.text import excerpts, windows
 
 
 def _model():
@@ -27,7 +29,7 @@ def _text(rows, length):
 def test_windows_are_anywhere():
     """Every place of every file, and none beyond its end: 12 places in two files of 10 and 6."""
     files = [torch.arange(10, dtype=torch.uint8), torch.arange(100, 106, dtype=torch.uint8)]
-    found = windows(files, 3, 12_000, torch.Generator().manual_seed(0))
+    found = windows(files, 3, [torch.Generator().manual_seed(0)] * 12_000)
     assert torch.equal(found.diff(dim=1), torch.ones(12_000, 2, dtype=torch.int64))
     starts, counts = found[:, 0].unique(return_counts=True)
     assert starts.tolist() == [*range(8), *range(100, 104)]
@@ -52,6 +54,12 @@ def test_baselines_by_hand():
 def test_bits_of_a_uniform_guess():
     found = bits(torch.zeros(2, 3, 256), _text(2, 3))
     torch.testing.assert_close(found, torch.full((2, 3), 8.0))
+
+
+def test_averages_by_doubling():
+    ends, means = by_doubling(torch.arange(14.0)[None], 4)
+    assert ends.tolist() == [4, 8, 14]
+    assert means.tolist() == [[1.5, 5.5, 10.5]]
 
 
 def test_the_rate_of_every_step():

@@ -6,6 +6,7 @@ never written again: a version that cannot read them breaks what users have on t
 
 import ast
 import contextlib
+import hashlib
 import os
 import pickle
 import subprocess
@@ -132,14 +133,18 @@ class Planted:
 
 
 def _checkpoint(folder):
+    """Planted in all that torch.distributed.checkpoint reads, with checksums that fit."""
     from titans_kernels.train import checkpoint
     from titans_kernels.train.processes import Processes
 
-    step = folder / "step-00000001"
+    step, data = folder / "step-00000001", (folder / "planted.pt").read_bytes()
     step.mkdir()
-    for name in ("shared.pt", "process-0-of-1.pt"):
-        (step / name).write_bytes((folder / "planted.pt").read_bytes())
-    return checkpoint.load(step, Processes(0, 1, torch.device("cpu")))
+    for name in (".metadata", "__0_0.distcp", "shard-00001-model-00001-of-00001.safetensors"):
+        (step / name).write_bytes(data)
+    files = {path.name: hashlib.sha256(data).hexdigest() for path in step.iterdir()}
+    checkpoint._write_manifest(step / "manifest.json", {"step": 1, "files": files})
+    found, _ = checkpoint.newest(folder)
+    return checkpoint.load(found, {"x": torch.ones(1)}, Processes(0, 1, torch.device("cpu")))
 
 
 def _weights_of_a_model(folder):

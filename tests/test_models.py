@@ -1,6 +1,7 @@
 """The models for transformers: configuration, caches, padding, packing, saving, training."""
 
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -281,10 +282,38 @@ def test_what_is_refused():
             TitansConfig(**{name: 0})
     with pytest.raises(ValueError, match="variant: got 'mak'"):
         _config("mak")
+    for name, message in {
+        "chunk_sise": "chunk_sise: unknown; did you mean chunk_size?",
+        "memory_dpth": "memory_dpth: unknown; there are activation",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            TitansConfig(**{name: 8})
+    with pytest.raises(ValueError, match="windw: unknown; did you mean window"):
+        TitansConfig.titans_170m("mag", windw=8)
     with pytest.raises(ValueError, match="use_cache: got True"):
         model(tokens, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]] * 2), use_cache=True)
     with pytest.raises(ValueError, match="stateful"):
         model.generate(tokens[:1], assistant_model=model)
+
+
+@pytest.mark.parametrize("name", sorted(TitansConfig.__annotations__))
+def test_every_option_misspelt_is_refused(name):
+    """By a letter too many or too few, in code or in a file."""
+    for wrong in (name + "x", name[:-1], name.replace("_", "", 1) + "s"):
+        with pytest.raises(ValueError, match=f"^{wrong}: unknown; did you mean {name[:4]}"):
+            TitansConfig(**{wrong: 1})
+        with pytest.raises(ValueError, match=f"^{wrong}: unknown; did you mean {name[:4]}"):
+            TitansConfig.from_dict({wrong: 1})
+
+
+def test_what_transformers_takes_besides_is_taken(tmp_path):
+    config = TitansConfig(
+        num_labels=3, torch_dtype="float32", output_attentions=False, max_length=9
+    )
+    config.note = "of a user"
+    config.save_pretrained(tmp_path)
+    loaded = TitansConfig.from_pretrained(tmp_path, window=7)
+    assert (loaded.num_labels, loaded.note, loaded.window) == (3, "of a user", 7)
 
 
 def test_a_configuration_scales_with_its_width():

@@ -3,10 +3,10 @@
 import csv
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from titans_kernels.train import checkpoint
 from titans_kernels.train.__main__ import main
 from titans_kernels.train.config import Config, load
 from titans_kernels.train.loop import Training
-from titans_kernels.train.processes import Processes
+from titans_kernels.train.processes import Processes, start
 
 ROOT = Path(__file__).parent.parent
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -64,10 +64,105 @@ def test_a_run_goes_on_exactly(tmp_path, variant):
         "step-00000006",
         "step-00000007",
     ]
-    with pytest.raises(ValueError, match="the run there has other rows"):
-        Training(_config(tmp_path / "cut", model=model, rows=3), ALONE)
-    with pytest.raises(FileNotFoundError, match="the run had other processes"):
-        checkpoint.load(tmp_path / "cut/checkpoints/step-00000007", replace(ALONE, count=2))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three steps that has checkpoints of the second, in a window, and the third."""
+    out = tmp_path_factory.mktemp("finished")
+    Training(_config(out, steps=3, checkpoint_every=2), ALONE).run()
+    return out
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_finished_run_goes_on_with_more_steps(run):
+    """Only what does not make it another run may change."""
+    for changes, message in (
+        ({"rows": 4}, "the run there has other rows"),
+        ({"model": MODEL | {"window": 32}}, "the run there has other model"),
+        ({"pattern": "*.txt"}, "too few files"),
+        ({"steps": 2}, "steps: got 2, takes at least 3, which the run in"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            Training(_config(run, **({"steps": 3} | changes)), ALONE)
+    training = Training(_config(run, steps=5, log_every=2, keep=1), ALONE)
+    assert training.step == 3
+    training.run()
+    steps = [int(row["step"]) for row in _rows(run / "train.csv")]
+    assert steps == [1, 2, 3, 4, 5]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000005"]
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a flipped byte": (_flip, "damaged, it has another checksum"),
+    "cut short": (lambda path: os.truncate(path, 100), "damaged, it has another checksum"),
+    "a missing file": (Path.unlink, "missing"),
+    "an empty folder": (lambda path: _emptied(path.parent), "manifest.json: missing"),
+    "a flipped byte of the manifest": (
+        lambda path: _flip(path.parent / "manifest.json"),
+        "manifest.json: damaged",
+    ),
+    "a manifest cut short": (
+        lambda path: os.truncate(path.parent / "manifest.json", 30),
+        "manifest.json: damaged",
+    ),
+}
+
+
+def _emptied(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_passed_over(damage, run):
+    change, message = DAMAGE[damage]
+    newest, before = sorted((run / "checkpoints").iterdir(), reverse=True)
+    (file,) = newest.glob("*.safetensors")
+    change(file)
+    with pytest.warns(UserWarning, match=f"{newest.name}/.*{message}.*going on from {before.name}"):
+        found, facts = checkpoint.newest(run / "checkpoints")
+    assert found == before and facts["step"] == 2
+    _emptied(before)
+    with pytest.raises(ValueError, match=f"{newest.name}/.*{message}.*no checkpoint is whole"):
+        checkpoint.newest(run / "checkpoints")
+
+
+def test_a_run_goes_on_from_the_checkpoint_before(run, finished):
+    shutil.rmtree(run / "checkpoints/step-00000003/")
+    (run / "checkpoints/step-00000003").mkdir()
+    with (run / "train.csv").open("a") as log:
+        log.write("4,1.")  # a row that was being written when the machine stopped
+    with pytest.warns(UserWarning, match="step-00000003/manifest.json: missing"):
+        training = Training(_config(run, steps=3), ALONE)
+    assert training.step == 2
+    training.run()
+    assert _rows(run / "train.csv") == _rows(finished / "train.csv")
+    assert checkpoint.newest(run / "checkpoints")[1]["step"] == 3
+
+
+def test_a_half_written_checkpoint_is_none(run):
+    (run / "checkpoints/step-00000009.partial").mkdir()
+    assert Training(_config(run, steps=3), ALONE).step == 3
+
+
+def test_other_tensors_than_the_checkpoint_holds(run):
+    path, _ = checkpoint.newest(run / "checkpoints")
+    with pytest.raises(ValueError, match=r"step-00000003: .*Size mismatch"):
+        weight = {"model": {"model.norm.weight": torch.zeros(33)}}
+        checkpoint.load(path, weight, ALONE)
+    with pytest.raises(ValueError, match=r"step-00000003: .*Missing key"):
+        checkpoint.load(path, {"other": torch.zeros(3)}, ALONE)
 
 
 def test_evaluation_by_length(tmp_path):
@@ -78,37 +173,49 @@ def test_evaluation_by_length(tmp_path):
     assert training.model.training
 
 
-def test_it_learns_on_two_processes(tmp_path):
-    """Gradients are shared, memories are not; and each goes on with its own."""
-    words = [f"{name}={json.dumps(value)}" for name, value in TINY.items()]
-    words += [f"model.{name}={value}" for name, value in MODEL.items()]
-    words += ["steps=8", "learning_rate=0.02", "evaluate_every=8", "checkpoint_every=6"]
+def _together(out, count, *words):
+    """The program on several processes, as torchrun starts them, without torchrun's own."""
+    options = [f"{name}={json.dumps(value)}" for name, value in TINY.items()]
+    options += [f"model.{name}={value}" for name, value in MODEL.items()]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # As torchrun starts them, without torchrun's own process.
-    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    together |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    shared |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "titans_kernels.train", *words, f"out={tmp_path}"],
-            env=os.environ | together | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [sys.executable, "-m", "titans_kernels.train", *options, *words, f"out={out}"],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for rank in (0, 1)
+        for rank in range(count)
     ]
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-    bits = [float(row["bits"]) for row in _rows(tmp_path / "train.csv")]
-    assert len(bits) == 8 and bits[-1] < bits[0] - 0.5
-    own = [
-        torch.load(path, weights_only=True)[0].memory.memory.weights[0]
-        for path in sorted((tmp_path / "checkpoints/step-00000006").glob("process-*-of-2.pt"))
-    ]
-    assert len(own) == 2 and not torch.equal(*own), "both processes read the same text"
+
+
+def test_any_number_of_processes_is_the_same_run(tmp_path):
+    """Begun on two, gone on with on one, in the middle of a window: what one alone does."""
+    words = ["steps=8", "learning_rate=0.02", "evaluate_every=8", "checkpoint_every=6"]
+    _together(tmp_path, 2, *words)
+    shutil.rmtree(tmp_path / "checkpoints/step-00000008")
+    options = {"steps": 8, "learning_rate": 0.02, "evaluate_every": 8, "checkpoint_every": 6}
+    training = Training(_config(tmp_path, **options), ALONE)
+    assert training.step == 6 and training.cache.get_seq_length() == 2 * 24
+    training.run()
+    alone = Training(_config(tmp_path / "alone", **options), ALONE)
+    alone.run()
+    found, want = (_rows(out / "train.csv") for out in (tmp_path, tmp_path / "alone"))
+    for got, expected in zip(found, want, strict=True):
+        assert got["step"] == expected["step"]
+        for name in ("bits", "gradient", "learning_rate"):
+            assert float(got[name]) == pytest.approx(float(expected[name]), rel=1e-4), got
+    assert float(want[-1]["bits"]) < float(want[0]["bits"]) - 0.5
+    with pytest.raises(ValueError, match="rows: got 3, takes a multiple of the 2 processes"):
+        Processes(0, 2, torch.device("cpu")).own_rows(3)
 
 
 def test_text_of_ones_own(tmp_path):
@@ -122,25 +229,77 @@ def test_text_of_ones_own(tmp_path):
     assert (tmp_path / "out/model/model.safetensors").exists()
 
 
-def test_configurations(tmp_path, capsys):
-    path = tmp_path / "config.json"
-    path.write_text('{"steps": 5, "model": {"variant": "mal"}}')
-    config = load(str(path), ["model.depth=1", "out=here", "rows=3", "clip=2"])
-    assert config == Config(
-        steps=5, model={"variant": "mal", "depth": 1}, out="here", rows=3, clip=2
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_a_configuration_file(tmp_path, suffix):
+    path = tmp_path / f"config.{suffix}"
+    if suffix == "json":
+        path.write_text('{"steps": 5, "model": {"variant": "mal"}}')
+    else:
+        path.write_text("steps: 5\nmodel:\n  variant: mal\n")
+    config = load(
+        str(path), ["model.depth=1", "out=here", "rows=3", "clip=2", "learning_rate=3e-3"]
     )
+    model = {"variant": "mal", "depth": 1}
+    assert config == Config(steps=5, model=model, out="here", rows=3, clip=2, learning_rate=0.003)
     config.save(path)
     assert load(str(path)) == config
-    for words, message in {
-        "step=5": "step: unknown; there are bf16, checkpoint_every",
-        "rows=many": "rows: got 'many', takes a value of type int",
-        "rows=0": "rows: got 0, takes an int of at least 1",
-        "nothing.json": "No such file",
-    }.items():
-        with pytest.raises(SystemExit):
-            main([words])
-        assert message in capsys.readouterr().err
+
+
+REFUSED = {
+    "step=5": "step: unknown; did you mean steps?",
+    "=5": "'': unknown; there are bf16, checkpoint_every",
+    "model.windw=3": "model.windw: unknown; did you mean window?",
+    "model.=5": "model.'': unknown",
+    "model.window=3.5": "model.window: got 3.5, takes an int",
+    "model.variant=mak": "model.variant: got 'mak'",
+    "model=3": "model: got 3, takes options",
+    "rows": "No such file",
+    "rows=many": "rows: got 'many', takes an int of at least 1",
+    "rows=true": "rows: got True, takes an int of at least 1",
+    "rows=0": "rows: got 0, takes an int of at least 1",
+    "steps=1e3": "steps: got 1000.0, takes an int of at least 1",
+    "learning_rate=.nan": "learning_rate: got nan, takes a finite number above 0",
+    "learning_rate=-1": "learning_rate: got -1, takes a finite number above 0",
+    "learning_rate=true": "learning_rate: got True, takes a finite number above 0",
+    "clip=-1": "clip: got -1, takes a finite number above 0",
+    "clip=.inf": "clip: got inf, takes a finite number above 0",
+    "weight_decay=-0.1": "weight_decay: got -0.1, takes a finite number of at least 0",
+    "seed=-1": "seed: got -1, takes an int of at least 0",
+    f"seed={2**70}": f"seed: got {2**70}, takes an int of at least 0 and at most {2**63 - 1}",
+    "bf16=1": "bf16: got 1, takes True or False",
+    "out=": "out: got None, takes text",
+    "device=gpu": "device: got 'gpu', takes 'auto', 'cpu', 'cuda' or 'cuda:N'",
+    "nothing.json": "No such file",
+}
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_a_mistake_is_refused_by_name(word, capsys):
+    with pytest.raises(SystemExit):
+        main([word])
+    assert REFUSED[word] in capsys.readouterr().err
+
+
+def test_limits_are_taken():
+    assert load(None, ["weight_decay=0", "seed=0", "data=null"]).weight_decay == 0
+    assert load(None, [f"seed={2**63 - 1}"]).seed == 2**63 - 1
+
+
+def test_files_too_short_for_a_row(tmp_path):
     with pytest.raises(ValueError, match="no file is"):
         Training(_config(tmp_path / "a", length=10**9), ALONE)
     with pytest.raises(ValueError, match="takes one for each process"):
         Training(_config(tmp_path / "a", evaluate_length=10**9), ALONE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_device_that_is_not_here(device):
+    with pytest.raises(ValueError, match=f"device: got '{device}'"), start(device):
+        pass
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_its_number():
+    with start("cuda") as processes:
+        assert processes.device == torch.device("cuda", 0)

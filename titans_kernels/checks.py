@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -115,6 +117,16 @@ def norm(value: Any, q: Tensor) -> None:
 def choice(name: str, value: Any, takes: tuple[str, ...]) -> None:
     if value not in takes:
         raise ValueError(f"{name}: got {value!r}, takes one of {', '.join(map(repr, takes))}")
+
+
+def known(values: Iterable[str], names: Iterable[str]) -> None:
+    """Names of options; one that there is not is told the nearest that there is."""
+    names = sorted(names)
+    for name in values:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            takes = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+            raise ValueError(f"{name or repr(name)}: unknown; {takes}")
 
 
 def boolean(name: str, value: Any) -> None:

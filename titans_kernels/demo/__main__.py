@@ -21,10 +21,12 @@ from torch import Tensor
 
 from titans_kernels import verify
 
+from ..train.measures import by_doubling
+from ..train.text import Text, excerpts, read_text
 from .model import ByteModel, States, is_unwritten, without_writing
-from .plot import band, by_doubling, draw
+from .plot import band, draw
 from .reading import read, stream, write_on
-from .text import Text, bigram_bits, excerpts, gzip_bits, read_text
+from .text import bigram_bits, gzip_bits
 from .training import Schedule, train
 
 PLOT = "memory_learns.png"

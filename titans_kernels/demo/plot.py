@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..train.measures import by_doubling
 
 WRITING, OFF = "#1f6fb4", "#c8553d"
 
@@ -20,15 +21,6 @@ def smoothed(costs: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Averages over `width` bytes, [files, n], and the byte that each has in its middle, [n]."""
     means = costs.unfold(1, width, width // 4).mean(-1)
     return width / 2 + width // 4 * torch.arange(means.shape[1]), means
-
-
-def by_doubling(costs: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Averages over bytes 0 to first, to 2 first, 4 first ...: their ends, and [files, n]."""
-    ends = [0, first]
-    while ends[-1] < costs.shape[1]:
-        ends.append(min(2 * ends[-1], costs.shape[1]))
-    parts = [costs[:, a:b].mean(1) for a, b in pairwise(ends)]
-    return torch.tensor(ends[1:]), torch.stack(parts, dim=1)
 
 
 def draw(path: Path, writing: Tensor, off: Tensor, title: str) -> None:

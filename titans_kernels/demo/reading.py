@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..train.measures import bits
 from .model import ByteModel, States
-from .training import bits
 
 
 @torch.inference_mode()

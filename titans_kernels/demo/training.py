@@ -7,11 +7,11 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..train.measures import bits
+from ..train.text import windows
 from .model import ByteModel
-from .text import windows
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,6 @@ class Schedule:
         return self.learning_rate * min(1, (step + 1) / self.warmup) * (0.02 + 0.98 * cosine)
 
 
-def bits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Bits that each byte costs: [B, T]."""
-    nats = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
-    return nats.view(targets.shape) / math.log(2)
-
-
 def train(
     model: ByteModel, files: list[Tensor], schedule: Schedule, device: str, seed: int
 ) -> list[float]:
@@ -59,7 +53,7 @@ def train(
     with tqdm(total=schedule.steps, desc="training", unit="step", mininterval=0.5) as bar:
         while progress < 1:
             length = schedule.window(progress)
-            text = windows(files, length + 1, schedule.rows, generator).to(device)
+            text = windows(files, length + 1, [generator] * schedule.rows).to(device)
             states = None
             for i in range(0, length, schedule.piece):
                 for group in optimizer.param_groups:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from .. import checks
 from ..adapt.variants import VARIANTS
@@ -16,6 +19,13 @@ SIZES: dict[str, tuple[int, int, dict[str, int]]] = {
     "340m": (1024, 16, {"mac": 15, "mag": 15, "mal": 15, "lmm": 19}),
     "760m": (1536, 24, {"mac": 16, "mag": 16, "mal": 16, "lmm": 21}),
     "1.3b": (2048, 32, {"mac": 16, "mag": 16, "mal": 16, "lmm": 21}),
+}
+
+# What transformers takes, or writes into files, beside the fields and attributes of its class.
+_BESIDE = {
+    *("attn_implementation", "auto_map", "base_model_name_or_path", "experts_implementation"),
+    *("model_type", "name_or_path", "output_attentions", "per_layer_config"),
+    *("quantization_config", "tokenizer_class", "torch_dtype"),
 }
 
 
@@ -38,6 +48,10 @@ class TitansConfig(PreTrainedConfig):
             scale than large ones.
         rms_norm_eps, use_cache, tie_word_embeddings, pad_token_id, bos_token_id, eos_token_id: as
             in every model of transformers.
+
+    Raises:
+        ValueError: for an unknown option, with the nearest name that there is. What a file holds
+            besides options, and resembles none, becomes an attribute as everywhere.
 
     Example:
         >>> from titans_kernels.models import TitansConfig
@@ -79,6 +93,7 @@ class TitansConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
+        checks.known(self._unknown(kwargs), self._options())
         checks.choice("variant", self.variant, tuple(VARIANTS))
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads"):
             checks.integer(name, getattr(self, name), 1)
@@ -87,6 +102,30 @@ class TitansConfig(PreTrainedConfig):
         if self.initializer_range is None:
             self.initializer_range = self.hidden_size**-0.5
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def _options(cls) -> list[str]:
+        return [*(f.name for f in fields(cls)), *cls.attribute_map, "num_labels"]
+
+    @classmethod
+    def _unknown(cls, names: Iterable[str]) -> list[str]:
+        """Those that neither this configuration nor transformers knows."""
+        of_generation = GenerationConfig._get_default_generation_params()
+        known = {*cls._options(), *_BESIDE, *of_generation}
+        return [n for n in names if n not in known and not n.startswith("_")]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As everywhere in transformers."""
+        options = cls._options()
+        strange = cls._unknown(config_dict)
+        others = [n for n in strange if not difflib.get_close_matches(n, options, 1, cutoff=0.8)]
+        found = super().from_dict(
+            {name: x for name, x in config_dict.items() if name not in others}, **kwargs
+        )
+        for name in others:
+            setattr(found[0] if isinstance(found, tuple) else found, name, config_dict[name])
+        return found
 
     @classmethod
     def titans_170m(cls, variant: str = "mac", **options: Any) -> TitansConfig:

@@ -1,12 +1,13 @@
 """Train a byte-level Titans language model: one process, or several under torchrun.
 
-    python -m titans_kernels.train [config.json] [name=value ...]
+    python -m titans_kernels.train [config.yaml] [name=value ...]
     torchrun --nproc-per-node 8 -m titans_kernels.train config.json
 
 Reads every text file of a folder, by default the sources of Python's standard library. Writes into
 `out`: config.json, train.csv, evaluation.csv (held-out bits per byte, by how much has been read),
 checkpoints/ and, at the end, model/ for `from_pretrained`. The same command goes on with a run that
-stopped, exactly as if it had not.
+stopped, exactly as if it had not, on however many processes; with more `steps` also with one that
+has finished.
 """
 
 from __future__ import annotations
@@ -17,23 +18,25 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-from .config import Config, load
+PACKAGES = ("omegaconf", "tqdm", "transformers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    defaults = ", ".join(f"{f.name}={getattr(Config(), f.name)!r}" for f in fields(Config))
     parser = argparse.ArgumentParser(
         prog="python -m titans_kernels.train",
         description=__doc__,
-        epilog=f"Defaults: {defaults}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("words", nargs="*", metavar="config.json, name=value")
-    words = parser.parse_args(argv).words
-    missing = [name for name in ("tqdm", "transformers") if importlib.util.find_spec(name) is None]
+    parser.add_argument("words", nargs="*", metavar="config.yaml, name=value")
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(f"needs {' and '.join(missing)}: pip install 'titans_kernels[train]'")
+    from .config import Config, load
+
+    defaults = ", ".join(f"{f.name}={getattr(Config(), f.name)!r}" for f in fields(Config))
+    parser.epilog = f"Defaults: {defaults}"
+    words = parser.parse_args(argv).words
     path = words.pop(0) if words and "=" not in words[0] else None
     try:
         config = load(path, words)

@@ -1,34 +1,52 @@
-"""What a run is: one JSON file, or a few words on the command line."""
+"""What a run is: a configuration file, YAML or JSON, and changes to it on the command line."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from .. import checks
 
 MODEL = {
     **{"vocab_size": 256, "hidden_size": 256, "num_hidden_layers": 4, "num_heads": 4},
     **{"variant": "mag", "window": 128, "segment": 128, "expansion": 2},
     **{"tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None},
 }
+# What a run that goes on may have otherwise than before; all else would make it another run.
+CHANGEABLE = {
+    *("out", "steps", "device", "gradient_checkpointing"),
+    *("evaluate_every", "checkpoint_every", "keep", "log_every"),
+}
+LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class Config:
     """One run.
 
-    A step reads `rows` rows of `length` bytes on each process. `pieces` steps follow each other
-    through the same windows of text with the memory carried on, but not its gradient.
+    A step reads `rows` rows of `length` bytes, divided among the processes. `pieces` steps follow
+    each other through the same windows of text with the memory carried on, but not its gradient.
+
+    Raises:
+        TypeError, ValueError: for a value of another type or out of its range, by the name of the
+            option; for an unknown option of `model`, with the nearest name that there is.
     """
 
     out: str = "train-output"  # checkpoints, logs and the model; a run found there goes on
     model: dict[str, Any] = field(default_factory=dict)  # of TitansConfig, over MODEL
     data: str | None = None  # a folder of text files; None: the sources of Python's library
     pattern: str = "*.py"  # files in it
-    steps: int = 2000
-    rows: int = 8
+    steps: int = 2000  # more than before: a finished run goes on
+    rows: int = 8  # of all processes together
     length: int = 256
     pieces: int = 4
     learning_rate: float = 3e-3
@@ -43,18 +61,49 @@ class Config:
     keep: int = 2  # checkpoints, the newest
     log_every: int = 10
     seed: int = 0
-    device: str = "auto"  # "auto": a GPU of its own for each process, else the CPU
+    device: str = "auto"  # "auto", "cuda": a GPU of its own for each process, if there are any
     bf16: bool = True  # on a GPU: matrix products in bfloat16, parameters in float32
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value, default = getattr(self, f.name), getattr(type(self), f.name, None)
-            numbers = int | float if isinstance(default, float) else type(default)
-            if default is not None and not isinstance(value, numbers):
-                takes = type(default).__name__
-                raise TypeError(f"{f.name}: got {value!r}, takes a value of type {takes}")
-            if type(default) is int and f.name != "seed" and value < 1:
-                raise ValueError(f"{f.name}: got {value}, takes an int of at least 1")
+            if isinstance(default, bool):
+                _check(f.name, value, isinstance(value, bool), "True or False")
+            elif isinstance(default, int):
+                least, most = (0, LARGEST_SEED) if f.name == "seed" else (1, math.inf)
+                takes = f"an int of at least {least}" + f" and at most {most}" * (f.name == "seed")
+                good = type(value) is int
+                _check(f.name, value, good, takes, good and least <= value <= most)
+            elif isinstance(default, float):
+                zero = f.name == "weight_decay"  # switches it off
+                takes = f"a finite number {'of at least' if zero else 'above'} 0"
+                good = type(value) in (int, float)
+                least_is_met = good and (value > 0 or (zero and value == 0))
+                _check(f.name, value, good, takes, least_is_met and math.isfinite(value))
+            elif f.name != "model":
+                none = f.name == "data" and value is None
+                _check(f.name, value, isinstance(value, str) or none, "text", none or value != "")
+        self._check_device()
+        self._check_model()
+
+    def _check_device(self) -> None:
+        if self.device != "auto":
+            try:
+                torch.device(self.device)
+            except RuntimeError:
+                takes = "'auto', 'cpu', 'cuda' or 'cuda:N'"
+                raise ValueError(f"device: got {self.device!r}, takes {takes}") from None
+
+    def _check_model(self) -> None:
+        from ..adapt.variants import build
+        from ..models import TitansConfig
+
+        _check("model", self.model, isinstance(self.model, dict), "options of TitansConfig by name")
+        try:
+            config = TitansConfig(**self.model_options())
+            build(config.variant, config.hidden_size, device="meta", **config.block_options())
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"model.{error}") from None
 
     def model_options(self) -> dict[str, Any]:
         return MODEL | self.model
@@ -63,23 +112,30 @@ class Config:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
+def _check(name: str, value: Any, kind: bool, takes: str, good: bool = True) -> None:
+    if not kind:
+        raise TypeError(f"{name}: got {value!r}, takes {takes}")
+    if not good:
+        raise ValueError(f"{name}: got {value!r}, takes {takes}")
+
+
 def load(path: str | None, changes: Sequence[str] = ()) -> Config:
-    """A configuration file, or none, and changes to it such as "steps=100" or "model.depth=1"."""
-    values: dict[str, Any] = json.loads(Path(path).read_text()) if path else {}
+    """A configuration file, or none, and changes to it such as "steps=100" or "model.depth=1".
+
+    Values on the command line are YAML: null, true, 3e-3, "123" in quotes as text.
+    """
     for change in changes:
-        name, separator, text = change.partition("=")
-        if not separator:
+        if "=" not in change:
             raise ValueError(f"{change}: takes name=value")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text  # a bare word is a string
-        if name.startswith("model."):
-            values["model"] = values.get("model", {}) | {name.removeprefix("model."): value}
-        else:
-            values[name] = value
-    known = {f.name for f in fields(Config)}
-    for name in values:
-        if name not in known:
-            raise ValueError(f"{name}: unknown; there are {', '.join(sorted(known))}")
+    try:
+        written: Any = OmegaConf.load(path) if path else {}
+        merged = OmegaConf.merge(written, OmegaConf.from_dotlist(list(changes)))
+        values: Any = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"{path or ' '.join(changes)}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got a list, takes options by name")
+    checks.known(
+        {str(name): value for name, value in values.items()}, [f.name for f in fields(Config)]
+    )
     return Config(**values)

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
+import zlib
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
-from ..demo.plot import by_doubling
-from ..demo.text import excerpts, read_text, windows
-from ..demo.training import bits
 from ..models import TitansCache, TitansConfig, TitansForCausalLM
 from . import checkpoint
-from .config import Config
+from .config import CHANGEABLE, Config
+from .logs import Logs
+from .measures import bits, by_doubling
 from .processes import Processes
+from .text import excerpts, read_text, windows
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class Training:
@@ -29,6 +38,7 @@ class Training:
     def __init__(self, config: Config, processes: Processes) -> None:
         self.config, self.processes = config, processes
         self.out, self.step = Path(config.out), 0
+        self.rows = processes.own_rows(config.rows)
         torch.manual_seed(config.seed)
         self._read_text()
         self.model = TitansForCausalLM(TitansConfig(**config.model_options()))
@@ -46,6 +56,11 @@ class Training:
         )
         self.cache = TitansCache(len(self.model.model.layers))
         self._resume()
+        if processes.first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            config.save(self.out / "config.json")
+            self.logs = Logs(self.out, self.step)
+        processes.wait()
 
     def _read_text(self) -> None:
         """The files that are long enough."""
@@ -82,9 +97,9 @@ class Training:
                 if self.step % config.log_every == 0 or last:
                     row = {n: x.item() if isinstance(x, Tensor) else x for n, x in row.items()}
                     bar.set_postfix_str(f"{row['bits']:.3f} bits per byte", refresh=False)
-                    self._log("train.csv", [row])
+                    self._log("train", [row])
                 if self.step % config.evaluate_every == 0 or last:
-                    self._log("evaluation.csv", self.evaluate())
+                    self._log("evaluation", self.evaluate())
                 if self.step % config.checkpoint_every == 0 or last:
                     self._save()
         if self.step == config.steps and self.processes.first:
@@ -99,7 +114,7 @@ class Training:
             self.cache.reset()
         start = piece * config.length
         text = self._window(window)[:, start : start + config.length + 1]
-        rate = self._rate(self.step)
+        rate = rate_of(config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with self._precision():
@@ -139,75 +154,119 @@ class Training:
         ]
 
     def _window(self, index: int) -> Tensor:
-        """Text of `pieces` steps, [rows, pieces length + 1]: a function of its index and the seed.
+        """Text of `pieces` steps, [rows, pieces length + 1]: each row a function of its place.
 
-        So a run that goes on reads what it would have read.
+        So a run that goes on, on however many processes, reads what it would have read.
         """
-        config, processes = self.config, self.processes
-        seed = (config.seed * 1_000_003 + index) * processes.count + processes.rank
-        generator = torch.Generator().manual_seed(seed)
-        length = config.pieces * config.length + 1
-        return windows(self.files, length, config.rows, generator).to(processes.device)
-
-    def _rate(self, step: int) -> float:
         config = self.config
-        cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        return config.learning_rate * min(1, (step + 1) / config.warmup) * (0.1 + 0.9 * cosine)
+        generators = []
+        for row in self.rows:
+            (seed,) = np.random.SeedSequence([config.seed, index, row]).generate_state(1, np.uint64)
+            generators.append(torch.Generator().manual_seed(int(seed)))
+        length = config.pieces * config.length + 1
+        return windows(self.files, length, generators).to(self.processes.device)
 
     def _precision(self) -> Any:
         kind = self.processes.device.type
         bf16 = self.config.bf16 and kind == "cuda"
         return torch.autocast(kind, torch.bfloat16) if bf16 else nullcontext()
 
+    def _log(self, name: str, rows: list[dict[str, float]]) -> None:
+        if self.processes.first:
+            self.logs.write(name, rows)
+
+    # ----------------------------------------------------------------------------- checkpoints
+
     def _save(self) -> None:
-        shared = {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        own = [layer.state for layer in self.cache.layers]  # the memories, which are ours alone
-        keep = self.config.keep
-        checkpoint.save(self.out / "checkpoints", self.step, shared, own, self.processes, keep)
+        facts = {"config": asdict(self.config), "text": self._text_checksum()}
+        tensors = self._tensors(*self._state_dicts())
+        tensors["memory"] = self._memories(self.cache)[0]
+        folder, keep = self.out / "checkpoints", self.config.keep
+        checkpoint.save(folder, self.step, tensors, facts, self.processes, keep)
 
     def _resume(self) -> None:
-        """Go on from the newest checkpoint in the folder, or begin there."""
-        written = self.out / "config.json"
-        found = checkpoint.newest(self.out / "checkpoints")
-        if found:
-            before = json.loads(written.read_text())
-            now = asdict(self.config)
-            if changed := [name for name in now if now[name] != before.get(name)]:
-                raise ValueError(f"{written}: the run there has other {', '.join(changed)}")
-            shared, own = checkpoint.load(found, self.processes)
-            self.step = shared["step"]
-            self.model.load_state_dict(shared["model"])
-            self.optimizer.load_state_dict(shared["optimizer"])
-            for layer, state in zip(self.cache.layers, own, strict=True):
-                layer.store(state, self.step % self.config.pieces * self.config.length)
-        if self.processes.first:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.config.save(written)
-            for log in self.out.glob("*.csv"):
-                self._forget_later(log)
-        self.processes.wait()
-
-    def _forget_later(self, log: Path) -> None:
-        """Rows of steps after the checkpoint, which will come again."""
-        with log.open(newline="") as file:
-            head, *rows = csv.reader(file)
-        with log.open("w", newline="") as file:
-            csv.writer(file).writerows([head, *(row for row in rows if int(row[0]) <= self.step)])
-
-    def _log(self, name: str, rows: list[dict[str, float]]) -> None:
-        if not self.processes.first:
+        """Go on from the newest checkpoint in the folder that is whole, or begin there."""
+        find = partial(checkpoint.newest, self.out / "checkpoints")
+        found = self.processes.from_first(find)
+        if found is None:
             return
-        path = self.out / name
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        path, facts = found
+        self._check_same_run(path, facts)
+        self.step = facts["step"]
+        model, optimizer = self._state_dicts()
+        cache, carried = TitansCache(len(self.cache)), self.step % self.config.pieces
+        if carried:
+            # One token shows the shapes of the states, which are those of any number of tokens.
+            token = torch.zeros(len(self.rows), 1, dtype=torch.int64, device=self.processes.device)
+            with torch.no_grad(), self._precision():
+                self.model(token, past_key_values=cache, use_cache=True)
+        memories, structure, own = self._memories(cache)
+        tensors = self._tensors(model, optimizer) | {"memory": memories}
+        checkpoint.load(path, tensors, self.processes)
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=model,
+            optim_state_dict=optimizer,
+            options=FLAT,
+        )
+        if carried:
+            states = pytree.tree_unflatten(own, structure)
+            for layer, state in zip(self.cache.layers, states, strict=True):
+                layer.store(state, carried * self.config.length)
+
+    def _state_dicts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return get_state_dict(self.model, self.optimizer, options=FLAT)
+
+    def _tensors(self, model: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]:
+        """What of both is in tensors, tied ones once; rates and such are the configuration's."""
+        named = *self.model.named_parameters(), *self.model.named_buffers()
+        once = {name: model[name] for name, _ in named if name in model}
+        moments = {name: x for name, x in optimizer.items() if isinstance(x, Tensor)}
+        return {"model": once, "optimizer": moments}
+
+    def _memories(self, cache: TitansCache) -> tuple[dict[str, Tensor], Any, list[Tensor]]:
+        """The states that the next step goes on from, rows of all processes; and our own, copied.
+
+        None between windows, each of which begins with empty memories.
+        """
+        leaves, structure = pytree.tree_flatten([layer.state for layer in cache.layers])
+        if self.step % self.config.pieces == 0:
+            leaves = []
+        # A state may be a view of a parameter, into which nothing must be read.
+        own = [x.detach().clone(memory_format=torch.contiguous_format) for x in leaves]
+        rows = {f"{i:04d}": self.processes.all_rows(x) for i, x in enumerate(own)}
+        return rows, structure, own
+
+    def _check_same_run(self, path: Path, facts: dict[str, Any]) -> None:
+        before, now = facts["config"], asdict(self.config)
+        changed = [n for n in now if n not in CHANGEABLE and now[n] != before.get(n)]
+        if changed:
+            raise ValueError(f"{path}: the run there has other {', '.join(changed)}")
+        if self.config.steps < facts["step"]:
+            raise ValueError(
+                f"steps: got {self.config.steps}, takes at least {facts['step']}, which the run "
+                f"in {self.out} has done"
+            )
+        if facts["text"] != self._text_checksum():
+            raise ValueError(f"data: other text than the run in {self.out} has read so far")
+
+    def _text_checksum(self) -> int:
+        checksum = 0
+        for file in [*self.files, *self.held_out]:
+            checksum = zlib.crc32(file.numpy().tobytes(), checksum)
+        return checksum
+
+
+def rate_of(config: Config, step: int) -> float:
+    """The learning rate of a step: a linear warm-up, then a cosine down to a tenth at the last.
+
+    A function of the step, so that raising `steps` draws the cosine longer from there on.
+    """
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
