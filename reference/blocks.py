@@ -171,7 +171,7 @@ def _attention(
         return (x @ p[f"attention.{name}_proj.weight"].T).unflatten(-1, (H, -1))
 
     q = project("q", x)  # [H, D]
-    turned = torch.stack([_turn(q, d) for d in distance]) if options.rotary else q
+    turned = _turn(q, torch.tensor(distance)) if options.rotary else q
     k, seen = project("k", context), torch.cat([prefix, context])
     scores = torch.cat([(q * project("k", prefix)).sum(-1), (turned * k).sum(-1)])  # [K, H]
     weights = torch.softmax(scores * q.shape[-1] ** -0.5, 0)
@@ -179,11 +179,12 @@ def _attention(
     return o.flatten() @ p["attention.out_proj.weight"].T
 
 
-def _turn(q: Tensor, distance: int) -> Tensor:
-    """q [H, D] as seen from that many tokens before it: a rotation of pairs, as complex numbers."""
+def _turn(q: Tensor, distance: Tensor) -> Tensor:
+    """q [H, D] as seen from so many tokens before it, [K]: pairs rotated, as complex numbers."""
     a, b = q.chunk(2, -1)
     frequency = 10_000.0 ** (-torch.arange(a.shape[-1], dtype=q.dtype) / a.shape[-1])
-    z = torch.complex(a, b) * torch.polar(torch.ones_like(frequency), distance * frequency)
+    angle = distance[:, None, None] * frequency
+    z = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat([z.real, z.imag], -1)
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -103,6 +104,12 @@ def _flip(path):
     path.write_bytes(data)
 
 
+def _edit(path, old, new):
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
 DAMAGE = {
     "a flipped byte": (_flip, "damaged, it has another checksum"),
     "cut short": (lambda path: os.truncate(path, 100), "damaged, it has another checksum"),
@@ -110,6 +117,10 @@ DAMAGE = {
     "an empty folder": (lambda path: _emptied(path.parent), "manifest.json: missing"),
     "a flipped byte of the manifest": (
         lambda path: _flip(path.parent / "manifest.json"),
+        "manifest.json: damaged",
+    ),
+    "another number in the manifest": (
+        lambda path: _edit(path.parent / "manifest.json", '"steps": 3', '"steps": 4'),
         "manifest.json: damaged",
     ),
     "a manifest cut short": (
@@ -214,8 +225,14 @@ def test_any_number_of_processes_is_the_same_run(tmp_path):
         for name in ("bits", "gradient", "learning_rate"):
             assert float(got[name]) == pytest.approx(float(expected[name]), rel=1e-4), got
     assert float(want[-1]["bits"]) < float(want[0]["bits"]) - 0.5
+
+
+def test_rows_are_divided():
+    cpu = torch.device("cpu")
+    shares = [Processes(rank, 3, cpu).own_rows(6) for rank in range(3)]
+    assert shares == [range(0, 2), range(2, 4), range(4, 6)]
     with pytest.raises(ValueError, match="rows: got 3, takes a multiple of the 2 processes"):
-        Processes(0, 2, torch.device("cpu")).own_rows(3)
+        Processes(0, 2, cpu).own_rows(3)
 
 
 def test_text_of_ones_own(tmp_path):
@@ -253,7 +270,7 @@ REFUSED = {
     "model.window=3.5": "model.window: got 3.5, takes an int",
     "model.variant=mak": "model.variant: got 'mak'",
     "model=3": "model: got 3, takes options",
-    "rows": "No such file",
+    "rows": "rows: takes name=value",
     "rows=many": "rows: got 'many', takes an int of at least 1",
     "rows=true": "rows: got True, takes an int of at least 1",
     "rows=0": "rows: got 0, takes an int of at least 1",
@@ -269,15 +286,27 @@ REFUSED = {
     "bf16=1": "bf16: got 1, takes True or False",
     "out=": "out: got None, takes text",
     "device=gpu": "device: got 'gpu', takes 'auto', 'cpu', 'cuda' or 'cuda:N'",
-    "nothing.json": "No such file",
 }
 
 
 @pytest.mark.parametrize("word", REFUSED)
-def test_a_mistake_is_refused_by_name(word, capsys):
-    with pytest.raises(SystemExit):
-        main([word])
-    assert REFUSED[word] in capsys.readouterr().err
+def test_a_mistake_is_refused_by_name(word):
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(REFUSED[word])}"):
+        load(None, [word])
+
+
+def test_the_program_says_what_is_wrong(tmp_path, capsys):
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "torn.yaml").write_text("rows: [1")
+    for words, message in {
+        ("step=5",): "step: unknown; did you mean steps?",
+        ("nothing.json",): "No such file",
+        (str(tmp_path / "list.json"),): "takes options by name",
+        (str(tmp_path / "torn.yaml"),): "torn.yaml: while parsing",
+    }.items():
+        with pytest.raises(SystemExit):
+            main(words)
+        assert message in capsys.readouterr().err
 
 
 def test_limits_are_taken():

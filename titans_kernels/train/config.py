@@ -128,13 +128,13 @@ def load(path: str | None, changes: Sequence[str] = ()) -> Config:
         if "=" not in change:
             raise ValueError(f"{change}: takes name=value")
     try:
-        written: Any = OmegaConf.load(path) if path else {}
+        written: Any = OmegaConf.load(path) if path else OmegaConf.create()
+        if not OmegaConf.is_dict(written):
+            raise ValueError(f"{path}: got a list, takes options by name")
         merged = OmegaConf.merge(written, OmegaConf.from_dotlist(list(changes)))
         values: Any = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{path or ' '.join(changes)}: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: got a list, takes options by name")
     checks.known(
         {str(name): value for name, value in values.items()}, [f.name for f in fields(Config)]
     )

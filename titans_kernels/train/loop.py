@@ -270,10 +270,10 @@ def rate_of(config: Config, step: int) -> float:
 
 
 def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices only."""
+    """Weight decay for matrices only: no biases, nor the scales of norms, one for each head."""
     groups: tuple[list[Tensor], list[Tensor]] = [], []
-    for parameter in model.parameters():
-        exempt = parameter.dim() < 2 or getattr(parameter, "_no_weight_decay", False)
-        groups[exempt].append(parameter)
+    for name, parameter in model.named_parameters():
+        own = name.rpartition(".")[2]
+        groups[parameter.dim() < 2 or "norm" in own or "bias" in own].append(parameter)
     decayed, others = groups
     return [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
