@@ -66,6 +66,8 @@ def test_public_names():
         "from_pretrained",
         "load_session",
         "neural_memory",
+        "no_weight_decay",
+        "parameter_groups",
         "replace",
         "restore",
         "retrieve",

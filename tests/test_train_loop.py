@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from test_train import ALONE, MODEL, TINY
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
+from titans_kernels import parameter_groups
 from titans_kernels.models import TitansConfig, TitansForCausalLM
 from titans_kernels.train.config import Config
-from titans_kernels.train.loop import Training, parameter_groups, rate_of
+from titans_kernels.train.loop import Training, rate_of
 
 RUN = TINY | {"steps": 7, "pieces": 3, "warmup": 3, "learning_rate": 0.02, "length": 16}
 RUN |= {"clip": 0.5, "weight_decay": 0.5, "evaluate_every": 10, "checkpoint_every": 10, "seed": 3}

@@ -1,6 +1,7 @@
 """Fused kernels for the Titans neural memory."""
 
 from .adapt import from_pretrained, replace, restore
+from .decay import no_weight_decay, parameter_groups
 from .layers import NeuralMemory
 from .memory import neural_memory, retrieve
 from .sessions import load_session, save_session
@@ -13,6 +14,8 @@ __all__ = [
     "from_pretrained",
     "load_session",
     "neural_memory",
+    "no_weight_decay",
+    "parameter_groups",
     "replace",
     "restore",
     "retrieve",

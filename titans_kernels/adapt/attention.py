@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..decay import Undecayed
 from . import masks
 from .arguments import MASKS, Told, understood
 from .rows import Rows, rows_once
@@ -242,8 +243,10 @@ def gated(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     return output + found.to(output.dtype)
 
 
-class ClosedGate(nn.Module):
+class ClosedGate(Undecayed):
     """A factor per channel, 0 at first: a memory changes nothing until its gate is trained."""
+
+    undecayed = ("titans_gate",)
 
     def __init__(
         self,
@@ -254,7 +257,7 @@ class ClosedGate(nn.Module):
     ) -> None:
         super().__init__()
         self.titans_gate = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
-        self.titans_gate._no_weight_decay = True  # type: ignore[attr-defined]
+        self.mark_undecayed()
 
     def forward(self, found: Tensor) -> Tensor:
         return self.titans_gate * found

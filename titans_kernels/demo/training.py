@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..decay import parameter_groups
 from ..train.measures import bits
 from ..train.text import windows
 from .model import ByteModel
@@ -47,7 +48,7 @@ def train(
     from tqdm import tqdm
 
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(_groups(model), betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), betas=(0.9, 0.95))
     losses: list[float] = []
     smooth, progress, start = 8.0, 0.0, time.perf_counter()
     with tqdm(total=schedule.steps, desc="training", unit="step", mininterval=0.5) as bar:
@@ -77,13 +78,3 @@ def train(
                     break
         bar.total = len(losses)
     return losses
-
-
-def _groups(model: ByteModel) -> list[dict[str, object]]:
-    """Weight decay for matrices only."""
-    decayed: list[Tensor] = []
-    others: list[Tensor] = []
-    for parameter in model.parameters():
-        exempt = parameter.dim() < 2 or getattr(parameter, "_no_weight_decay", False)
-        (others if exempt else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

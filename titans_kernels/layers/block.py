@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..decay import Undecayed
 from . import checking
 from .neural_memory import NeuralMemory
 from .numeric import unit, wide
@@ -129,12 +130,14 @@ def repeat(state: S, sequences: int) -> S:
     return state.map(lambda x: x.expand(sequences, *x.shape[1:]))
 
 
-class Gate(nn.Module):
+class Gate(Undecayed):
     """Equations 25 and 28: y ⊗ m = (w_y * rms(y)) * sigmoid(w_m * rms(m)). 2 dim parameters.
 
     The paper normalises both with learnable vectors, "followed by a non-linearity". Here that is a
     sigmoid of the memory, which gates what attention has found.
     """
+
+    undecayed = ("attention_norm", "memory_norm")
 
     def __init__(
         self,
@@ -151,7 +154,7 @@ class Gate(nn.Module):
     def reset_parameters(self) -> None:
         for weight in (self.attention_norm, self.memory_norm):
             nn.init.ones_(weight)
-            weight._no_weight_decay = True  # type: ignore[attr-defined]
+        self.mark_undecayed()
 
     def forward(self, y: Tensor, m: Tensor) -> Tensor:
         scale = y.shape[-1] ** 0.5

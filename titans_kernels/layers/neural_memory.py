@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
+from ..decay import Undecayed
 from ..memory import neural_memory, retrieve
 from . import checking
 from .convolution import ShortConvolution, convolve
@@ -26,7 +27,7 @@ class MemoryWeights(nn.ParameterList):
         return tuple(self)
 
 
-class NeuralMemory(Sealing):
+class NeuralMemory(Undecayed, Sealing):
     """Titans' neural memory between its projections: [B, T, dim] -> [B, T, dim].
 
         x --+-- q_proj, k_proj, v_proj -- convolutions -- SiLU -- unit length --+-- q, k, v
@@ -100,6 +101,8 @@ class NeuralMemory(Sealing):
         >>> out.shape, state.memory.length
         (torch.Size([1, 64]), tensor([5], dtype=torch.int32))
     """
+
+    undecayed = ("theta_bias", "alpha_bias", "eta_bias", "norm_weight", "norm_bias", "out_norm")
 
     def __init__(
         self,
@@ -188,9 +191,7 @@ class NeuralMemory(Sealing):
             nn.init.constant_(self.norm_weight, self.dim_head**-0.5)
             nn.init.zeros_(self.norm_bias)
         nn.init.ones_(self.out_norm)
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.endswith(("_bias", "norm_weight", "out_norm")):
-                parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        self.mark_undecayed()
 
     def forward(
         self,

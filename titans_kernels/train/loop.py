@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from ..decay import parameter_groups
 from ..models import TitansCache, TitansConfig, TitansForCausalLM
 from . import checkpoint
 from .config import CHANGEABLE, Config
@@ -267,13 +268,3 @@ def rate_of(config: Config, step: int) -> float:
         return config.learning_rate * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices only: no biases, nor the scales of norms, one for each head."""
-    groups: tuple[list[Tensor], list[Tensor]] = [], []
-    for name, parameter in model.named_parameters():
-        own = name.rpartition(".")[2]
-        groups[parameter.dim() < 2 or "norm" in own or "bias" in own].append(parameter)
-    decayed, others = groups
-    return [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
