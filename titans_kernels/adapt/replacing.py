@@ -167,7 +167,9 @@ def _layer(
         dim = _first(module, "embed_dim", "hidden_size") or _first(config, "hidden_size")
         dim = dim or (linear.in_features if linear is not None else None)
     if heads is None:
-        heads = _first(module, "num_heads", "n_head") or _first(config, "num_attention_heads")
+        heads = _first(module, "num_heads", "n_head", "n_heads", "num_attention_heads") or _first(
+            config, "num_attention_heads"
+        )
     for what, size in (("dim", dim), ("heads", heads)):
         if size is None:
             raise ValueError(f"{what}: {name} does not say it, takes an int")

@@ -1,0 +1,164 @@
+"""What works in which decoder of transformers, found by trying: `PYTHONPATH=tests python -m
+support_table > docs/support.md` writes the page."""
+
+import copy
+import inspect
+import tempfile
+import warnings
+from functools import partial
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from titans_kernels import from_pretrained, replace
+
+V = 37
+TOKENS = {"vocab_size": V, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+SIZE = TOKENS | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+GPT = TOKENS | {"n_embd": 16, "n_layer": 2, "n_positions": 64}
+LLAMA = SIZE | {"intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8}
+LLAMA |= {"max_position_embeddings": 64}
+MIXED = LLAMA | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+LOCAL = {"num_local_experts": 2, "num_experts_per_tok": 1}
+FAMILIES = {
+    "gpt2": GPT | {"n_head": 2},
+    "gpt_neo": TOKENS
+    | {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "window_size": 4}
+    | {"attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64},
+    "gptj": GPT | {"n_head": 2, "rotary_dim": 4},
+    "codegen": GPT | {"n_head": 4, "rotary_dim": 4},
+    "gpt_neox": LLAMA,
+    "opt": SIZE | {"word_embed_proj_dim": 16, "ffn_dim": 24, "max_position_embeddings": 64},
+    "bloom": TOKENS | {"hidden_size": 16, "n_layer": 2, "n_head": 2},
+    "falcon": SIZE | {"new_decoder_architecture": False, "alibi": False},
+    "mpt": TOKENS | {"d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 64},
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "phi"), LLAMA),
+    "mistral": LLAMA | {"sliding_window": 4},
+    **dict.fromkeys(("gemma2", "gemma3_text"), MIXED),
+    "mixtral": LLAMA | LOCAL,
+    "gpt_oss": MIXED | LOCAL,
+}
+ESSENTIAL = ("gpt2", "bloom", "gemma3_text")
+ATTENTION = ("attn", "self_attn", "attention", "self_attention")
+HEAD = """# What works in which model
+
+Each cell was found by trying a small model of the family, with random weights: a Titans layer
+(`lmm`) in the place of the attention of every layer (`replace`) or beside it, its gate open
+(`beside`). Tests find the page anew and fail when it differs. "no" means that an error says so.
+
+- cached: `generate` with a cache gives the logits that it gives without.
+- padding: a prompt padded on the left gives the logits of the prompt alone.
+- training: every parameter of the memories has a gradient, and padding changes none of the loss.
+- compile: `torch.compile`, graph breaks allowed, gives the same logits.
+- saving: `save_pretrained`, then `titans_kernels.from_pretrained`, gives the same logits.
+
+| family | mode | cached | padding | training | compile | saving |
+|---|---|---|---|---|---|---|
+"""
+
+
+def _is_attention(name, module):
+    wraps = type(module).__name__ == "GPTNeoAttention"  # around the attention of a layer
+    return name.rpartition(".")[2] in ATTENTION and not wraps
+
+
+def _host(family):
+    torch.manual_seed(0)
+    options = dict(FAMILIES[family])
+    config = AutoConfig.for_model(family, **options, initializer_range=0.3)
+    config._attn_implementation = "eager"
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def changed(family, mode):
+    model = _host(family)
+    replace(model, _is_attention, "lmm", mode=mode, chunk_size=4)
+    for name, parameter in model.named_parameters():
+        if name.endswith("titans_gate"):
+            torch.nn.init.constant_(parameter, 0.5)
+    return model
+
+
+def _memories(model):
+    return {n: p for n, p in model.named_parameters() if ".block." in n}
+
+
+def _generated(model, x, mask, use_cache=True):
+    options = {"max_new_tokens": 4, "do_sample": False, "use_cache": use_cache}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    return torch.stack(model.generate(x, attention_mask=mask, **options).logits)
+
+
+def _padded(x):
+    pads = torch.zeros(len(x), 3, dtype=torch.long)
+    return torch.cat([pads, x], 1), torch.cat([pads, torch.ones_like(x)], 1)
+
+
+def _cached(model, x):
+    ones = torch.ones_like(x)
+    return _generated(model, x, ones), _generated(model, x, ones, use_cache=False)
+
+
+def _padding(model, x):
+    return _generated(model, *_padded(x)), _generated(model, x, torch.ones_like(x))
+
+
+def _training(model, x):
+    model = copy.deepcopy(model).train()
+    model(x, labels=x).loss.backward()
+    without = [n for n, p in _memories(model).items() if p.grad is None]
+    assert _memories(model) and not without, without
+    model.eval()  # without dropout
+    padded, mask = _padded(x)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    labels = padded.where(mask.bool(), -100)
+    labels[:, padded.shape[1] - x.shape[1]] = -100  # alone, nothing stands before it
+    named = {"attention_mask": mask, "labels": labels}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        named["position_ids"] = positions
+    return model(padded, **named).loss.detach(), model(x, labels=x).loss.detach()
+
+
+def _compile(model, x):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="eager")(x).logits, model(x).logits
+
+
+def _saving(model, x):
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = from_pretrained(folder).eval()
+    return loaded(x).logits, model(x).logits
+
+
+CHECKS = (_cached, _padding, _training, _compile, _saving)
+
+
+def _tried(check, model, x):
+    grad = torch.enable_grad() if check is _training else torch.no_grad()
+    try:
+        with grad:
+            got, expected = check(model, x)
+    except (ValueError, TypeError) as refusal:
+        return f"no: {str(refusal).splitlines()[0][:60]}"
+    worst = float((got - expected).abs().max())
+    assert worst <= 1e-4 * (1 + float(expected.abs().max())), (check.__name__, worst)
+    return "yes"
+
+
+def rows(family):
+    """The lines of a family, one a mode."""
+    for mode in ("replace", "beside"):
+        x = torch.randint(1, V, (2, 7), generator=torch.Generator().manual_seed(1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cells = map(partial(_tried, model=changed(family, mode), x=x), CHECKS)
+            yield f"| {family} | {mode} | {' | '.join(cells)} |"
+
+
+def page():
+    return HEAD + "".join(f"{row}\n" for family in FAMILIES for row in rows(family))
+
+
+if __name__ == "__main__":
+    print(page(), end="")
