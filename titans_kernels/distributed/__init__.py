@@ -1,0 +1,5 @@
+"""Titans layers on more than one GPU, by torch.distributed: styles for `parallelize_module`."""
+
+from .heads import ShardHeads
+
+__all__ = ["ShardHeads"]
