@@ -149,31 +149,46 @@ class WindowAttention(Attention):
             lengths, token = _rows(cu_seqlens, x)
             longest = max(lengths.tolist(), default=0)
             q, k, v = (_unpack(y, token, len(lengths), longest) for y in (q, k, v))
-        N, T, inner = q.shape
-        before = self.window - 1
         if state is None:
-            nothing = k.new_zeros(N, before, inner)
+            N, _, inner = k.shape
+            nothing = k.new_zeros(N, self.window - 1, inner)
             state = WindowState(
                 nothing, nothing, torch.zeros(N, dtype=torch.int32, device=x.device)
             )
         else:
             self._check_state(state, k)
 
-        keys, values = torch.cat([state.keys, k], 1), torch.cat([state.values, v], 1)
+        counts = None if token is None else lengths
+        state, keys, values, after = self._window(k, v, state, counts)
         o = self._in_blocks(q, keys, values, state.length, prefix)
+        if token is not None:
+            o = o[token][None]
+        return self.out_proj(o), after
 
-        if token is None:
+    def _window(
+        self, k: Tensor, v: Tensor, state: WindowState, lengths: Tensor | None
+    ) -> tuple[WindowState, Tensor, Tensor, WindowState]:
+        """Keys and values of a call, behind those of the state, and the state after them.
+
+        Args:
+            lengths: [N], tokens of every sequence; None: all have T.
+
+        Returns:
+            (state, keys, values, after): keys and values [N, window - 1 + T, inner].
+        """
+        before, (N, T, _) = self.window - 1, k.shape
+        keys, values = torch.cat([state.keys, k], 1), torch.cat([state.values, v], 1)
+        if lengths is None:
             # Not views: a state must not keep its whole segment alive.
             length = state.length + T
-            keys, values = keys[:, T:].clone(), values[:, T:].clone()
+            last = keys[:, T:].clone(), values[:, T:].clone()
         else:
             length = state.length + lengths
-            row = torch.arange(N, device=x.device)[:, None]
-            last = lengths[:, None] + torch.arange(before, device=x.device)
-            keys, values = keys[row, last], values[row, last]
-            o = o[token][None]
+            row = torch.arange(N, device=k.device)[:, None]
+            place = lengths[:, None] + torch.arange(before, device=k.device)
+            last = keys[row, place], values[row, place]
         length = length.clamp(max=before).to(torch.int32)
-        return self.out_proj(o), WindowState(keys, values, length)
+        return state, keys, values, WindowState(*last, length)
 
     def _in_blocks(
         self, q: Tensor, keys: Tensor, values: Tensor, length: Tensor, prefix: Tensor | None

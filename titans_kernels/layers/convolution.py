@@ -92,6 +92,31 @@ def convolve(
     return y[:, :, tokens + shift], past[:, last].unbind()
 
 
+def last_inputs(
+    streams: Sequence[Tensor], histories: Sequence[Tensor], cu_seqlens: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The histories that `convolve` returns, without the convolution."""
+    before = histories[0].shape[1]
+    if cu_seqlens is None:
+        pairs = zip(histories, streams, strict=True)
+        rows = [torch.cat([h, x[:, max(0, x.shape[1] - before) :]], 1) for h, x in pairs]
+        return tuple(x[:, x.shape[1] - before :].clone() for x in rows)
+    # A place before a sequence's first token is one in its history.
+    ends = cu_seqlens.to(histories[0].device, torch.int64)
+    place = ends.diff()[:, None] + torch.arange(-before, 0, device=ends.device)  # [N, before]
+    token, old = (ends[:-1, None] + place).clamp(min=0), (place + before).clamp(max=before - 1)
+    n = torch.arange(len(place), device=ends.device)[:, None]
+    return tuple(
+        torch.where((place >= 0)[..., None], _rows(x[0], token), h[n, old])
+        for h, x in zip(histories, streams, strict=True)
+    )
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], and zeros where x has no rows."""
+    return x[index] if len(x) else x.new_zeros(*index.shape, x.shape[-1])
+
+
 def _filter(past: Tensor, weight: Tensor, count: int) -> Tensor:
     """[B, S, rows, channels] to the `count` of them that have all their past."""
     dtype = torch.promote_types(past.dtype, torch.float32)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..decay import Undecayed
 from ..memory import neural_memory, retrieve
+from ..state import MemoryState
 from . import checking
 from .convolution import ShortConvolution, convolve
 from .numeric import unit, wide
@@ -227,24 +228,9 @@ class NeuralMemory(Undecayed, Sealing):
         history = None if state is None else state.convolution
         (q, k, v), history = self._heads(projected, history, cu_seqlens)
         theta, alpha, eta = self._gates(x)
-        o, memory = neural_memory(
-            q,
-            k,
-            v,
-            theta=self.max_learning_rate * theta,
-            alpha=alpha,
-            eta=eta,
-            weights=self.weights(),
-            norm=self._norm(),
-            activation=self.activation,
-            residual=self.residual,
-            chunk_size=self.chunk_size,
-            initial_state=None if state is None else state.memory,
-            output_final_state=True,
-            cu_seqlens=cu_seqlens,
-            backend=self.backend,
-        )
-        assert memory is not None
+        tokens = q, k, v, self.max_learning_rate * theta, alpha, eta
+        memory = None if state is None else state.memory
+        o, memory = self._learn(tokens, self.weights(), self._norm(), memory, cu_seqlens)
         return self._answer(o, x), LayerState(memory, history)
 
     def step(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
@@ -318,6 +304,36 @@ class NeuralMemory(Undecayed, Sealing):
             y = unit(F.silu(y).unflatten(-1, (self.heads, self.dim_head)))  # [B, S, T, H, D]
             heads.extend(y.to(projected[i].dtype).unbind(1))
         return heads, tuple(kept)
+
+    def _learn(
+        self,
+        tokens: tuple[Tensor, ...],
+        weights: tuple[Tensor, ...],
+        norm: tuple[Tensor, Tensor] | None,
+        state: MemoryState | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, MemoryState]:
+        """The memory of any heads over q, k, v, theta, alpha and eta."""
+        q, k, v, theta, alpha, eta = tokens
+        o, after = neural_memory(
+            q,
+            k,
+            v,
+            theta,
+            alpha,
+            eta,
+            weights,
+            norm=norm,
+            activation=self.activation,
+            residual=self.residual,
+            chunk_size=self.chunk_size,
+            initial_state=state,
+            output_final_state=True,
+            cu_seqlens=cu_seqlens,
+            backend=self.backend,
+        )
+        assert after is not None
+        return o, after
 
     def _norm(self) -> tuple[Tensor, Tensor] | None:
         if self.norm_weight is None or self.norm_bias is None:

@@ -1,0 +1,145 @@
+"""Checks of layers sharded over their heads, which `test_distributed` runs."""
+
+import copy
+
+import torch
+import torch.distributed.checkpoint as dcp
+from distributed_cases import (
+    LAYERS,
+    close,
+    layer,
+    raises,
+    read,
+    same_gradients,
+    tokens,
+    whole,
+)
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import parallelize_module
+
+from titans_kernels import NeuralMemory, no_weight_decay
+from titans_kernels.distributed import ShardHeads
+
+
+def check_outputs_and_gradients(rank, folder):
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for name in LAYERS:
+        one = layer(name)
+        many = parallelize_module(copy.deepcopy(one), mesh, ShardHeads())
+        x, y = (tokens(2, 11, 8).requires_grad_() for _ in range(2))
+        want, got = (read(m, z.split([7, 4], 1)) for m, z in ((one, x), (many, y)))
+        close(got, want, "out", name)
+        close(y.grad, x.grad, "gradient", name)
+        same_gradients(many, one, name)
+
+
+def check_packed_sequences_and_recall(rank, folder):
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    ends = torch.tensor([0, 3, 3, 11])
+    for name in ("memory", "mac", "mag"):
+        one = layer(name)
+        many = parallelize_module(copy.deepcopy(one), mesh, ShardHeads())
+        x = tokens(1, 11, 8)
+        want, got = (read(m, [x, x], ends) for m in (one, many))
+        close(got, want, "out", name)
+        same_gradients(many, one, name)
+    one = layer("memory")
+    many = parallelize_module(copy.deepcopy(one), mesh, ShardHeads())
+    (want, _), (got, _) = (m.recall(x, m(x)[1]) for m in (one, many))
+    close(got, want, "out", "recall")
+
+
+def check_tokens_divided_outside_of_the_layer(rank, folder):
+    count = torch.distributed.get_world_size()
+    mesh = init_device_mesh("cpu", (count,))
+    for name in ("memory", "mag"):
+        one = layer(name)
+        style = ShardHeads(sequence_parallel=True)
+        many = parallelize_module(copy.deepcopy(one), mesh, style)
+        x = tokens(2, 8, 8).requires_grad_()
+        y = x.detach().chunk(count, 1)[rank].clone().requires_grad_()
+        want, got = read(one, [x]), read(many, [y])
+        close(got, want.chunk(count, 1)[rank], "out", name)
+        close(y.grad, x.grad.chunk(count, 1)[rank], "gradient", name)
+        same_gradients(many, one, name)
+
+
+def check_parameters(rank, folder):
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    one = layer("mag")
+    many = parallelize_module(copy.deepcopy(one), mesh, ShardHeads())
+    assert all(isinstance(p, DTensor) for p in many.parameters())
+    assert no_weight_decay(many) == no_weight_decay(one)
+    assert many.memory.weights[0].placements == (Shard(0),)
+    assert many.memory.out_proj.weight.placements == (Shard(1),)
+    for (name, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
+        assert torch.equal(q.full_tensor(), p), name
+    many(tokens(1, 3, 8))
+    assert all(isinstance(p, DTensor) for p in many.parameters())  # not only before a call
+
+
+def check_mistakes(rank, folder):
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    raises(ValueError, "heads: got 3", lambda: ShardHeads()._apply(NeuralMemory(6, heads=3), mesh))
+    raises(TypeError, "got Linear", lambda: ShardHeads()._apply(nn.Linear(2, 2), mesh))
+    late = layer("memory")
+    fully_shard(late, mesh=mesh)
+    raises(ValueError, "before fully_shard", lambda: ShardHeads()._apply(late, mesh))
+    raises(TypeError, "sequence_parallel: got 1", lambda: ShardHeads(sequence_parallel=1))
+
+
+# ------------------------------------------------------------------------ with FSDP2 and DCP
+
+
+def _sharded(many, mesh):
+    parallelize_module(many, mesh["heads"], ShardHeads())
+    return fully_shard(many, mesh=mesh["data"])
+
+
+def check_with_fsdp2(rank, folder):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "heads"))
+    for name in LAYERS:
+        one = layer(name)
+        many = _sharded(copy.deepcopy(one), mesh)
+        x = tokens(2, 11, 8)
+        row = x[mesh["data"].get_local_rank()][None]
+        want, got = read(one, x.split([7, 4], 1)), read(many, row.split([7, 4], 1))
+        close(got, want[mesh["data"].get_local_rank()][None], "out", name)
+        for p in one.parameters():
+            p.grad /= 2  # FSDP2 takes the mean over its ranks
+        same_gradients(many, one, name)
+
+
+def check_checkpoints_go_from_mesh_to_mesh(rank, folder):
+    one = layer("mag")
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "heads"))
+    many = _sharded(copy.deepcopy(one), square)
+    dcp.save(get_model_state_dict(many), checkpoint_id=f"{folder}/square")
+
+    flat = init_device_mesh("cpu", (4,), mesh_dim_names=("heads",))
+    other = parallelize_module(layer("mag").apply(_zero), flat["heads"], ShardHeads())
+    for copied in (other, layer("mag").apply(_zero)):
+        found = get_model_state_dict(copied)
+        dcp.load(found, checkpoint_id=f"{folder}/square")
+        set_model_state_dict(copied, found)
+        for (name, p), q in zip(one.named_parameters(), copied.parameters(), strict=True):
+            assert torch.equal(whole(q), p), name
+
+
+def _zero(module):
+    for p in module.parameters(recurse=False):
+        p.data.zero_()
+
+
+TWO = [
+    check_outputs_and_gradients,
+    check_packed_sequences_and_recall,
+    check_tokens_divided_outside_of_the_layer,
+    check_parameters,
+    check_mistakes,
+]
+FOUR = [check_with_fsdp2, check_checkpoints_go_from_mesh_to_mesh]

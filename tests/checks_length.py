@@ -1,0 +1,235 @@
+"""Checks of layers sharded over the length of sequences, which `test_distributed` runs."""
+
+import copy
+
+import torch
+import torch.distributed as dist
+from distributed_cases import LAYERS, close, layer, raises, read, tokens, whole
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from titans_kernels import NeuralMemory
+from titans_kernels.distributed import ShardHeads, ShardLength
+from titans_kernels.models import TitansConfig, TitansForCausalLM
+
+# In chunks of 4 and segments and windows of 5: no border is one of theirs, and a rank may have
+# fewer tokens than a filter or a window reaches back, or none.
+SIZES = {1: [16], 2: [9, 7], 4: [5, 0, 8, 3]}
+PACKED = torch.tensor([0, 2, 2, 10, 16])
+
+
+def _mesh():
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("length",))
+
+
+def _own(x, rank, count=None):
+    return x.split(SIZES[count or dist.get_world_size()], 1)[rank]
+
+
+def _sharded(one, mesh, **options):
+    return parallelize_module(copy.deepcopy(one), mesh, ShardLength(**options))
+
+
+def _summed_gradients(got, want, name):
+    """Each rank has its tokens' share."""
+    for (parameter, p), q in zip(want.named_parameters(), got.parameters(), strict=True):
+        dist.all_reduce(q.grad)
+        close(q.grad, p.grad, "gradient", f"{name}.{parameter}")
+
+
+def check_outputs_and_gradients_of_tokens(rank, folder):
+    """Over two calls, with the state of the first."""
+    for name in LAYERS:
+        one = layer(name)
+        many = _sharded(one, _mesh()["length"], state="all")
+        x, y = tokens(2, 16, 8).requires_grad_(), tokens(2, 16, 8)
+        y = _own(y, rank).clone().requires_grad_()
+        want, got = read(one, [x, 2 * x])[:, 16:], read(many, [y, 2 * y])[:, y.shape[1] :]
+        close(got, _own(want, rank), "out", name)
+        close(y.grad, _own(x.grad, rank), "gradient", name)
+        _summed_gradients(many, one, name)
+
+
+def check_packed_sequences_cut_by_borders(rank, folder):
+    for name in ("memory", "mac", "mag"):
+        one = layer(name)
+        many = _sharded(one, _mesh()["length"], state="all", pieces=2)
+        x = tokens(1, 16, 8)
+        y = _own(x, rank)
+        want, got = read(one, [x, x], PACKED)[:, 16:], read(many, [y, y], PACKED)[:, y.shape[1] :]
+        close(got, _own(want, rank), "out", name)
+        _summed_gradients(many, one, name)
+
+
+def check_pieces(rank, folder):
+    """Of any number, the result is the same; so many messages go."""
+    one = NeuralMemory(8, heads=3, dim_head=4, conv_size=None, dtype=torch.float64)
+    for p in one.parameters():
+        dist.broadcast(p.data, 0)
+    x, sent = tokens(2, 16, 8), []
+    want, _ = one(x)
+    send = dist.isend
+    for pieces, messages in ((1, 1), (2, 2), (4, 4), (5, 4), (6, 6), (99, 6)):
+        dist.isend = lambda *args, **named: sent.append(args) or send(*args, **named)
+        got, _ = _sharded(one, _mesh()["length"], pieces=pieces)(_own(x, rank))
+        dist.isend = send
+        close(got, _own(want, rank), "out", f"{pieces} pieces")
+        last = rank == dist.get_world_size() - 1
+        assert len(sent) == (0 if last else messages + 1), (pieces, len(sent))  # and the facts
+        sent.clear()
+
+
+def check_states(rank, folder):
+    """In on the first rank, out on the last, or on all."""
+    one, last = layer("mag"), dist.get_world_size() - 1
+    x = tokens(2, 16, 8)
+    _, before = one(x[:, :3])
+    want, after = one(x, before)
+    for returned in ("last", "all"):
+        many = _sharded(one, _mesh()["length"], state=returned)
+        got, state = many(_own(x, rank), before if rank == 0 else None)
+        close(got, _own(want, rank), "out", returned)
+        if returned == "last" and rank != last:
+            assert state is None
+            continue
+        for a, b in zip(pytree.tree_leaves(state), pytree.tree_leaves(after), strict=True):
+            close(a, b, "out", returned)
+
+
+def check_recall(rank, folder):
+    one = layer("memory")
+    many = _sharded(one, _mesh()["length"], state="all")
+    x = tokens(2, 16, 8)
+    _, state = one(x)
+    for given in (state, None):
+        for cu_seqlens in (None, torch.tensor([0, 7, 16])):
+            y = x if cu_seqlens is None else x[:1]
+            want, _ = one.recall(y, given, cu_seqlens)
+            got, _ = many.recall(_own(y, rank), given, cu_seqlens)
+            close(got, _own(want, rank), "out", "recall")
+
+
+def check_activation_checkpointing(rank, folder):
+    for name in ("mag", "mac"):
+        one = layer(name)
+        many = _sharded(one, _mesh()["length"])
+        x = tokens(2, 16, 8).requires_grad_()
+        y = _own(x, rank).detach().clone().requires_grad_()
+        read(one, [x])
+        out, _ = checkpoint(many, y, use_reentrant=False)
+        out.square().sum().backward()
+        close(y.grad, _own(x.grad, rank), "gradient", name)
+        _summed_gradients(many, one, name)
+
+
+def _language_model():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_heads": 2}
+    config = TitansConfig(**sizes, variant="mag", window=5, chunk_size=4)
+    return TitansForCausalLM(config).double()
+
+
+def check_language_model(rank, folder):
+    one, many = _language_model(), _language_model()
+    parallelize_module(many, _mesh()["length"], {"model.layers.*.mixer": ShardLength()})
+    ids = torch.randint(11, (2, 17), generator=torch.Generator().manual_seed(2))
+    now, after = _own(ids[:, :-1], rank), _own(ids[:, 1:], rank)
+    want = one(ids[:, :-1]).logits
+    nn.functional.cross_entropy(want.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    got = many(now).logits
+    cost = nn.functional.cross_entropy(got.flatten(0, 1), after.flatten(), reduction="sum")
+    (cost / ids[:, 1:].numel()).backward()
+    close(got, _own(want, rank), "out", "logits")
+    _summed_gradients(many, one, "model")
+
+
+def check_mistakes_of_one_rank(rank, folder):
+    """Told on the rank behind it; what a rank does alone, all do next."""
+    count = dist.get_world_size()
+    mesh = _mesh()["length"]
+    raises(TypeError, "got Linear", lambda: ShardLength()._apply(nn.Linear(2, 2), mesh))
+    raises(ValueError, "state: got 'first'", lambda: ShardLength(state="first"))
+    raises(ValueError, "pieces: got 0", lambda: ShardLength(pieces=0))
+    if count != 2:
+        return
+    many, x, chunks = layer("memory"), tokens(2, 4, 8), copy.deepcopy(layer("memory"))
+    chunks.chunk_size = 8
+    _, state = many(x)
+    ShardLength()._apply(many, mesh)
+    ShardLength()._apply(chunks, mesh)
+    faults = [
+        ("shape of x", lambda: many(x[:1])),
+        ("dtype of x", lambda: many(x.float())),
+        ("cu_seqlens", lambda: many(x, None, torch.tensor([0, 8]))),
+        ("state: got LayerState", lambda: many(x, state)),
+        ("options", lambda: many.recall(x)),
+        ("chunk_size: got 8 on rank 1 (2 of 2", lambda: chunks(x)),
+    ]
+    for words, call in faults:
+        dist.barrier()
+        if rank == 0:
+            # Only as far as the facts: the messages behind them would never be received.
+            many._relay.line.put_facts(_facts_of(many, x), 1, x.device)
+        else:
+            raises(ValueError, words, call)
+
+
+def _facts_of(many, x):
+    from titans_kernels.distributed import agreement
+
+    return agreement._facts(many, x, None, None, {"learn": True}) | {"start": x.shape[1]}
+
+
+# ------------------------------------------------------- with heads, FSDP2 and data at once
+
+
+def check_length_heads_and_fsdp2(rank, folder):
+    mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("data", "length", "heads"))
+    at = mesh["length"].get_local_rank()
+    for name in ("memory", "mag", "mac"):
+        one, many = layer(name), layer(name)
+        parallelize_module(many, mesh["heads"], ShardHeads())
+        parallelize_module(many, mesh["length"], ShardLength(state="all"))
+        fully_shard(many, mesh=mesh["data", "length"]._flatten("shards"))
+        x = tokens(2, 16, 8)
+        y = _own(x, at, 2)
+        want, got = read(one, [x, x])[:, 16:], read(many, [y, y])[:, y.shape[1] :]
+        close(got, _own(want, at, 2), "out", name)
+        for (parameter, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
+            close(whole(q.grad) * 2, p.grad, "gradient", f"{name}.{parameter}")  # FSDP2: the mean
+
+
+def check_data_and_length(rank, folder):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "length"))
+    row, at = (mesh[name].get_local_rank() for name in ("data", "length"))
+    one, many = _language_model(), _language_model()
+    parallelize_module(many, mesh["length"], {"model.layers.*.mixer": ShardLength()})
+    shards = mesh["data", "length"]._flatten("shards")
+    for part in (*many.model.layers, many):
+        fully_shard(part, mesh=shards)
+    ids = torch.randint(11, (2, 16), generator=torch.Generator().manual_seed(2))
+    one(ids).logits.square().mean().backward()
+    many(_own(ids, at, 2)[row : row + 1]).logits.square().sum().div(2 * 16 * 11).backward()
+    for (name, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
+        close(whole(q.grad) * 4, p.grad, "gradient", name)
+
+
+TWO = [
+    check_outputs_and_gradients_of_tokens,
+    check_packed_sequences_cut_by_borders,
+    check_pieces,
+    check_states,
+    check_recall,
+    check_activation_checkpointing,
+    check_language_model,
+    check_mistakes_of_one_rank,
+]
+FOUR = [
+    check_length_heads_and_fsdp2,
+    check_data_and_length,
+    check_outputs_and_gradients_of_tokens,
+]

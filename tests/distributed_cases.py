@@ -1,0 +1,63 @@
+"""What the checks of sharded layers share: layers, tokens and how close is close."""
+
+import re
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from titans_kernels import NeuralMemory
+from titans_kernels.layers import TitansLMM, TitansMAC, TitansMAG, TitansMAL
+
+SIZE = {"heads": 4, "dim_head": 3, "chunk_size": 4, "dtype": torch.float64}
+LAYERS = {
+    "memory": lambda: NeuralMemory(8, per_layer_gates=True, **SIZE),
+    "deep": lambda: NeuralMemory(8, depth=3, norm=False, conv_size=None, **SIZE),
+    "lmm": lambda: TitansLMM(8, n_persistent=2, **SIZE),
+    "mac": lambda: TitansMAC(8, segment=5, rotary=False, **SIZE),
+    "mag": lambda: TitansMAG(8, window=5, rotary=False, **SIZE),
+    "mal": lambda: TitansMAL(8, window=5, rotary=False, **SIZE),
+}
+RATES = {"out": 1e-11, "gradient": 1e-10}
+
+
+def layer(name):
+    torch.manual_seed(0)
+    return LAYERS[name]()
+
+
+def tokens(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def close(got, want, what, name):
+    assert got.shape == want.shape, f"{name}: {what} of shape {list(got.shape)}"
+    if want.numel():
+        bound = RATES[what] * max(1.0, want.abs().max().item())
+        error = (got - want).abs().max().item()
+        assert error <= bound, f"{name}: {what} off by {error}"
+
+
+def whole(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def same_gradients(got, want, name):
+    for (parameter, p), q in zip(want.named_parameters(), got.parameters(), strict=True):
+        close(whole(q.grad), p.grad, "gradient", f"{name}.{parameter}")
+
+
+def read(layer, pieces, cu_seqlens=None):
+    """Pieces one after the other, with the state; and the gradients of the sum of squares."""
+    state, outs = None, []
+    for x in pieces:
+        out, state = layer(x, state, cu_seqlens)
+        outs.append(out)
+    out = torch.cat(outs, 1)
+    out.square().sum().backward()
+    return out
+
+
+def raises(error, words, call):
+    with pytest.raises(error, match=re.escape(words)):
+        call()

@@ -1,0 +1,46 @@
+"""Layers and models on several processes do what they do on one."""
+
+import doctest
+
+import checks_heads
+import checks_length
+import process_group
+import pytest
+
+from titans_kernels.distributed import heads, length
+
+TWO = [*checks_heads.TWO, *checks_length.TWO]
+FOUR = [*checks_heads.FOUR, *checks_length.FOUR]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return process_group.run(TWO, 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return process_group.run(FOUR, 4, tmp_path_factory.mktemp("four"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", TWO, ids=lambda check: check.__name__)
+def test_two_processes(two, check):
+    assert two[check.__name__] is None, two[check.__name__]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", FOUR, ids=lambda check: check.__name__)
+def test_four_processes(four, check):
+    assert four[check.__name__] is None, four[check.__name__]
+
+
+@pytest.mark.parametrize("module", [heads, length], ids=lambda module: module.__name__)
+def test_docstring_examples_run(module):
+    found = doctest.testmod(module)
+    assert found.attempted > 0 and found.failed == 0
+
+
+@pytest.mark.wide
+def test_all_checks_in_four_processes(tmp_path):
+    assert set(process_group.run(TWO, 4, tmp_path).values()) == {None}

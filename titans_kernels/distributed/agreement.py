@@ -1,0 +1,98 @@
+"""Whether the ranks of a group make the same call: told at once, where they would wait forever."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import NeuralMemory
+from ..layers.attention import Attention
+from ..layers.block import Block
+from ..packing import known
+from .messages import Line
+
+
+def agree(
+    line: Line,
+    module: nn.Module,
+    x: Tensor,
+    state: Any,
+    cu_seqlens: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor | None:
+    """Compare this rank's call with that of the rank before it.
+
+    Args:
+        cu_seqlens: of the whole row.
+
+    Returns:
+        cu_seqlens of this rank's tokens.
+
+    Raises:
+        ValueError: naming both ranks and what they differ in.
+    """
+    facts = _facts(module, x, state, cu_seqlens, options)
+    start = 0
+    if not line.first:
+        before = line.take_facts(line.rank - 1, x.device)
+        start = before.pop("start")
+        _compare(line, before, facts)
+    end = start + x.shape[1]
+    if not line.last:
+        line.put_facts(facts | {"start": end}, line.rank + 1, x.device)
+    if cu_seqlens is None:
+        return None
+    if line.last and known(cu_seqlens) and int(cu_seqlens[-1]) != end:
+        raise ValueError(
+            f"cu_seqlens: got {int(cu_seqlens[-1])} last, takes {end}, the tokens of all "
+            f"{line.count} ranks together"
+        )
+    return (cu_seqlens - start).clamp(0, x.shape[1])
+
+
+def _facts(
+    module: nn.Module, x: Tensor, state: Any, cu_seqlens: Tensor | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    packed = None
+    if cu_seqlens is not None:
+        packed = [len(cu_seqlens)]
+        if known(cu_seqlens):
+            packed.append(zlib.crc32(repr(cu_seqlens.tolist()).encode()))
+    return {
+        "module": type(module).__name__.lstrip("_"),
+        **_options(module),
+        "shape of x without its length": [x.shape[0], x.shape[2]],
+        "dtype of x": str(x.dtype),
+        "cu_seqlens": packed,
+        "whether gradients are on": torch.is_grad_enabled(),
+        "options": {name: repr(value) for name, value in options.items()},
+        "state": None if state is None else type(state).__name__,
+    }
+
+
+def _options(module: nn.Module) -> dict[str, Any]:
+    """Sizes and other options of a layer and of its parts that have some."""
+    found = {}
+    for prefix, part in module.named_modules():
+        if isinstance(part, (NeuralMemory, Attention, Block)):
+            for name, value in vars(part).items():
+                simple = isinstance(value, (bool, int, float, str, type(None)))
+                if simple and not name.startswith("_") and name != "training":
+                    found[f"{prefix}.{name}" if prefix else name] = value
+    return found
+
+
+def _compare(line: Line, before: dict[str, Any], own: dict[str, Any]) -> None:
+    for name, theirs in before.items():
+        mine = own[name]
+        # A rank behind the first need not have the state, which it is sent.
+        if name == "state" and (mine is None or theirs == mine):
+            own[name] = theirs
+        elif theirs != mine:
+            raise ValueError(
+                f"{name}: got {mine} on {line.name(line.rank)}, takes that of "
+                f"{line.name(line.rank - 1)}, {theirs}"
+            )
