@@ -2,7 +2,9 @@
 most of what they cost."""
 
 import datetime
+import importlib
 import os
+import sys
 import traceback
 from pathlib import Path
 
@@ -12,33 +14,48 @@ import torch.distributed as dist
 TIMEOUT = 60
 
 
+def selected(request, checks):
+    """Those that a test of this run is about: the others need not be run for it."""
+    params = (getattr(item, "callspec", None) for item in request.session.items)
+    wanted = {call.params.get("check") for call in params if call}
+    return [check for check in checks if check in wanted]
+
+
 def run(checks, count, folder):
     """Run functions of (rank, folder) in turn in `count` processes.
 
     Returns:
-        For each name None, or what the first process that failed had to say. What comes after a
-        failure is not run: the processes are out of step.
+        For each name None, or what the processes that failed had to say. What comes after a failure
+        is not run: the processes are out of step.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(_work, (checks, count, str(folder)), nprocs=count)
-    found = {check.__name__: "not run: a check before it failed" for check in checks}
+    names = [(check.__module__, check.__name__) for check in checks]
+    mutants = sys.modules.get("mutants")
+    fault = mutants and mutants.planted
+    torch.multiprocessing.spawn(_work, (names, count, str(folder), fault), nprocs=count)
+    found = dict.fromkeys((check.__name__ for check in checks), "not run: one before it failed")
     for rank in range(count):
         for name, error in torch.load(Path(folder, f"{rank}.pt")).items():
-            if error is None and found[name] and found[name].startswith("not run"):
-                found[name] = None
-            elif error is not None:
+            if error is not None:
                 found[name] = f"{found[name] or ''}\nrank {rank}: {error}"
+            elif rank == 0:
+                found[name] = None
     return found
 
 
-def _work(rank, checks, count, folder):
+def _work(rank, names, count, folder, fault):
+    timeout = TIMEOUT
+    if fault is not None:
+        sys.modules["mutants"].plant(fault)
+        timeout = 15  # many end in a wait for what never comes
+    checks = [getattr(importlib.import_module(module), name) for module, name in names]
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=count,
-        timeout=datetime.timedelta(seconds=TIMEOUT),
+        timeout=datetime.timedelta(seconds=timeout),
     )
     found = {}
     for check in checks:
@@ -46,7 +63,7 @@ def _work(rank, checks, count, folder):
             check(rank, folder)
             dist.barrier()
             found[check.__name__] = None
-        except Exception:
+        except BaseException:
             found[check.__name__] = traceback.format_exc()
             break
     torch.save(found, Path(folder, f"{rank}.pt"))

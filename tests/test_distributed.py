@@ -14,13 +14,17 @@ FOUR = [*checks_heads.FOUR, *checks_length.FOUR]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return process_group.run(TWO, 2, tmp_path_factory.mktemp("two"))
+def two(request, tmp_path_factory):
+    return process_group.run(
+        process_group.selected(request, TWO), 2, tmp_path_factory.mktemp("two")
+    )
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    return process_group.run(FOUR, 4, tmp_path_factory.mktemp("four"))
+def four(request, tmp_path_factory):
+    return process_group.run(
+        process_group.selected(request, FOUR), 4, tmp_path_factory.mktemp("four")
+    )
 
 
 @pytest.mark.slow

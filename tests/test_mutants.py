@@ -24,8 +24,6 @@ def test_the_table_holds_faults_of_every_package():
         assert (ROOT / "tests" / fault.test.split("::")[0]).is_file(), fault
     assert not stale, "lines of faults.txt that no longer fit:\n" + "\n".join(stale)
     packages = {path.parent.name for path in ROOT.glob("titans_kernels/**/*.py")}
-    # Its parts run in processes of their own, which a planted fault does not reach.
-    packages -= {"distributed"}
     assert packages | {"reference"} <= {Path(fault.file).parent.name for fault in table}
 
 

@@ -56,8 +56,13 @@ def faults() -> list[Fault]:
     return found
 
 
+planted: Fault | None = None  # in this process, and so in those that its tests start
+
+
 def plant(fault: Fault) -> None:
     """From here on, importing the file gives the fault. For a process of its own."""
+    global planted
+    planted = fault
     path, text = str(ROOT / fault.file), fault.source()
     get_code = importlib.machinery.SourceFileLoader.get_code
 
