@@ -4,12 +4,13 @@ import doctest
 
 import checks_heads
 import checks_length
+import checks_training
 import process_group
 import pytest
 
 from titans_kernels.distributed import heads, length
 
-TWO = [*checks_heads.TWO, *checks_length.TWO]
+TWO = [*checks_heads.TWO, *checks_length.TWO, *checks_training.TWO]
 FOUR = [*checks_heads.FOUR, *checks_length.FOUR]
 
 
@@ -47,4 +48,10 @@ def test_docstring_examples_run(module):
 
 @pytest.mark.wide
 def test_all_checks_in_four_processes(tmp_path):
-    assert set(process_group.run(TWO, 4, tmp_path).values()) == {None}
+    checks = [*checks_heads.TWO[:3], *checks_length.TWO, *checks_training.WIDE_FOUR]
+    assert set(process_group.run(checks, 4, tmp_path).values()) == {None}
+
+
+@pytest.mark.wide
+def test_training_on_any_mesh(tmp_path):
+    assert set(process_group.run(checks_training.WIDE, 2, tmp_path).values()) == {None}

@@ -235,6 +235,12 @@ def test_rows_are_divided():
         Processes(0, 2, cpu).own_rows(3)
 
 
+def test_a_mesh_of_other_size_than_there_are_processes():
+    takes = "mesh: got data 1 x length 2 x heads 1, takes a product of 1"
+    with pytest.raises(ValueError, match=takes), start("cpu", {"length": 2}):
+        pass
+
+
 def test_text_of_ones_own(tmp_path):
     for i in range(20):
         (tmp_path / f"{i}.txt").write_bytes(bytes([65 + i]) * 5000)
@@ -285,6 +291,9 @@ REFUSED = {
     f"seed={2**70}": f"seed: got {2**70}, takes an int of at least 0 and at most {2**63 - 1}",
     "bf16=1": "bf16: got 1, takes True or False",
     "out=": "out: got None, takes text",
+    "mesh.lenght=2": "mesh.lenght: unknown; did you mean length?",
+    "mesh.heads=0": "mesh.heads: got 0, takes an int of at least 1",
+    "mesh=2": "mesh: got 2, takes data, length and heads by name",
     "device=gpu": "device: got 'gpu', takes 'auto', 'cpu', 'cuda' or 'cuda:N'",
 }
 

@@ -22,14 +22,14 @@ def agree(
     state: Any,
     cu_seqlens: Tensor | None,
     options: dict[str, Any],
-) -> Tensor | None:
+) -> tuple[Tensor | None, bool]:
     """Compare this rank's call with that of the rank before it.
 
     Args:
         cu_seqlens: of the whole row.
 
     Returns:
-        cu_seqlens of this rank's tokens.
+        cu_seqlens of this rank's tokens, and whether the first rank was given no state.
 
     Raises:
         ValueError: naming both ranks and what they differ in.
@@ -43,14 +43,15 @@ def agree(
     end = start + x.shape[1]
     if not line.last:
         line.put_facts(facts | {"start": end}, line.rank + 1, x.device)
+    fresh = facts["state"] is None
     if cu_seqlens is None:
-        return None
+        return None, fresh
     if line.last and known(cu_seqlens) and int(cu_seqlens[-1]) != end:
         raise ValueError(
             f"cu_seqlens: got {int(cu_seqlens[-1])} last, takes {end}, the tokens of all "
             f"{line.count} ranks together"
         )
-    return (cu_seqlens - start).clamp(0, x.shape[1])
+    return (cu_seqlens - start).clamp(0, x.shape[1]), fresh
 
 
 def _facts(

@@ -95,10 +95,7 @@ class ShardHeads(ParallelStyle):
             where: Placement = Replicate()
             if owner is not None:
                 where = Shard(1) if part is owner.out_proj else Shard(0)
-            shared = distribute_tensor(
-                parameter.detach(), mesh, [where], src_data_rank=self.src_data_rank
-            )
-            part.register_parameter(name, nn.Parameter(shared, parameter.requires_grad))
+            part.register_parameter(name, _as_dtensor(parameter, mesh, where, self.src_data_rank))
         if isinstance(part, Undecayed):
             part.mark_undecayed()
         if own:
@@ -106,6 +103,39 @@ class ShardHeads(ParallelStyle):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(sequence_parallel={self.sequence_parallel})"
+
+
+class ReplicateHeads(ParallelStyle):
+    """Replicate what has no heads, over the ranks that share the heads of other layers.
+
+    For a model whose Titans layers `ShardHeads` has sharded. All its parameters are then DTensors
+    of one mesh, which optimizers and `clip_grad_norm_` take together. All ranks compute the same.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        once: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
+        for part in module.modules():
+            own = {n: p for n, p in part.named_parameters(recurse=False) if _is_plain(p)}
+            for name, parameter in own.items():
+                if parameter not in once:
+                    once[parameter] = _as_dtensor(
+                        parameter, device_mesh, Replicate(), self.src_data_rank
+                    )
+                part.register_parameter(name, once[parameter])
+            if own:
+                _read_locally(part)
+        return module
+
+
+def _is_plain(x: Tensor) -> bool:
+    return not isinstance(x, DTensor)
+
+
+def _as_dtensor(
+    parameter: nn.Parameter, mesh: DeviceMesh, where: Placement, source: int | None
+) -> nn.Parameter:
+    shared = distribute_tensor(parameter.detach(), mesh, [where], src_data_rank=source)
+    return nn.Parameter(shared, parameter.requires_grad)
 
 
 def _check(module: nn.Module, mesh: DeviceMesh) -> None:

@@ -169,8 +169,7 @@ class _Memory(_Linked, NeuralMemory):
         rows = divide(N, self.heads, count, cu_seqlens is not None)
         done = [[learn(piece) for piece in row] for row in rows]
         o = join_tokens([[o for o, _ in row] for row in done])
-        # Behind a state `weights` has no gradient; ranks that reduce theirs together all have one.
-        o = self._relay.tie(o, *weights)
+        o = self._relay.tie(o, *self._relay.starts(*weights))
         return o, join_states([[after for _, after in row] for row in done])
 
     def _recall(
@@ -215,7 +214,7 @@ class _Whole(_Linked):
         relay, state = self._relay, unsealed(state)
         if relay.open or not isinstance(x, Tensor) or x.dim() != 3:
             return super().forward(x, state, cu_seqlens, **options)
-        cu_seqlens = agree(relay.line, self, x, state, cu_seqlens, options)
+        cu_seqlens, relay.fresh = agree(relay.line, self, x, state, cu_seqlens, options)
         if not relay.line.first:
             state = None
         relay.open = True
@@ -245,7 +244,7 @@ class _Block(_Whole, Block[Any]):
     ) -> tuple[Tensor, Any]:
         out, after = super()._call(x, state, cu_seqlens, **options)
         unused = [] if self.persistent is None else [self.persistent]
-        return self._relay.tie(out, *unused), after
+        return self._relay.tie(out, *self._relay.starts(*unused)), after
 
 
 class _LengthMemory(_Whole, _Memory):
@@ -292,10 +291,11 @@ class _LengthMAC(_Block, TitansMAC):
     def _read_rows(
         self, x: Tensor, state: ContextState, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, ContextState]:
-        state = self._relay.receive(state)
+        relay = self._relay
+        state = relay.receive(state)
         out, after = super()._read(x, state, cu_seqlens)
-        self._relay.send(after)
-        return self._relay.tie(out, *self.memory.weights()), after
+        relay.send(after)
+        return relay.tie(out, *relay.starts(*self.memory.weights())), after
 
 
 _PARTS = {NeuralMemory: _Memory, WindowAttention: _Window}

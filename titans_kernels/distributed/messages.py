@@ -216,10 +216,13 @@ class _Tie(torch.autograd.Function):
 
 
 class Relay:
-    """States of a call: from the rank before, and to the rank behind."""
+    """States of a call: from the rank before, and to the rank behind.
+
+    `open` during the call, `fresh` if its sequences begin in it.
+    """
 
     def __init__(self, line: Line) -> None:
-        self.line, self.open = line, False
+        self.line, self.open, self.fresh = line, False, True
         self._tokens: list[Tensor] = []
 
     def receive(self, state: Any) -> Any:
@@ -243,6 +246,13 @@ class Relay:
         """x, whose backward pass includes all messages so far, and gives `unused` a gradient."""
         tokens, self._tokens = [*self._tokens, *unused], []
         return _Tie.apply(x, *tokens) if tokens else x
+
+    def starts(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """Those with which sequences start: the first rank alone uses them, where they begin.
+
+        Ranks that reduce their gradients together need one on all of them, or on none.
+        """
+        return parameters if self.fresh else ()
 
     def _run(self, function: Any, state: Any) -> Any:
         leaves, spec = pytree.tree_flatten(state)

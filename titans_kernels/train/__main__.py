@@ -1,13 +1,16 @@
 """Train a byte-level Titans language model: one process, or several under torchrun.
 
     python -m titans_kernels.train [config.yaml] [name=value ...]
-    torchrun --nproc-per-node 8 -m titans_kernels.train config.json
+    torchrun --nproc-per-node 8 -m titans_kernels.train config.json mesh.length=2 mesh.heads=2
 
 Reads every text file of a folder, by default the sources of Python's standard library. Writes into
 `out`: config.json, train.csv, evaluation.csv (held-out bits per byte, by how much has been read),
 checkpoints/ and, at the end, model/ for `from_pretrained`. The same command goes on with a run that
 stopped, exactly as if it had not, on however many processes; with more `steps` also with one that
 has finished.
+
+Processes divide the rows of a batch (mesh.data, by default all of them), the tokens of every row
+(mesh.length) and the heads (mesh.heads); FSDP2 divides the parameters among all of the first two.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .loop import Training
     from .processes import start
 
-    with start(config.device) as processes:
+    with start(config.device, config.mesh) as processes:
         training = Training(config, processes)
         if processes.first:
             count = sum(parameter.numel() for parameter in training.model.parameters())

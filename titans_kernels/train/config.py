@@ -24,8 +24,9 @@ MODEL = {
 # What a run that goes on may have otherwise than before; all else would make it another run.
 CHANGEABLE = {
     *("out", "steps", "device", "gradient_checkpointing"),
-    *("evaluate_every", "checkpoint_every", "keep", "log_every"),
+    *("evaluate_every", "checkpoint_every", "keep", "log_every", "mesh"),
 }
+MESH = ("data", "length", "heads")
 LARGEST_SEED = 2**63 - 1
 
 
@@ -63,6 +64,9 @@ class Config:
     seed: int = 0
     device: str = "auto"  # "auto", "cuda": a GPU of its own for each process, if there are any
     bf16: bool = True  # on a GPU: matrix products in bfloat16, parameters in float32
+    # Processes that divide among them: data, the rows of a batch (default: all that are left);
+    # length, the tokens of every row; heads, those of the memories and of attention (default: 1).
+    mesh: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -80,10 +84,11 @@ class Config:
                 good = type(value) in (int, float)
                 least_is_met = good and (value > 0 or (zero and value == 0))
                 _check(f.name, value, good, takes, least_is_met and math.isfinite(value))
-            elif f.name != "model":
+            elif f.name not in ("model", "mesh"):
                 none = f.name == "data" and value is None
                 _check(f.name, value, isinstance(value, str) or none, "text", none or value != "")
         self._check_device()
+        self._check_mesh()
         self._check_model()
 
     def _check_device(self) -> None:
@@ -93,6 +98,15 @@ class Config:
             except RuntimeError:
                 takes = "'auto', 'cpu', 'cuda' or 'cuda:N'"
                 raise ValueError(f"device: got {self.device!r}, takes {takes}") from None
+
+    def _check_mesh(self) -> None:
+        _check("mesh", self.mesh, isinstance(self.mesh, dict), "data, length and heads by name")
+        try:
+            checks.known(map(str, self.mesh), MESH)
+            for name, size in self.mesh.items():
+                checks.integer(name, size, 1)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"mesh.{error}") from None
 
     def _check_model(self) -> None:
         from ..adapt.variants import build

@@ -18,12 +18,13 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from ..decay import parameter_groups
+from ..distributed.pieces import dimension_of_heads
 from ..models import TitansCache, TitansConfig, TitansForCausalLM
-from . import checkpoint
+from . import checkpoint, sharding
 from .config import CHANGEABLE, Config
 from .logs import Logs
 from .measures import bits, by_doubling
@@ -46,12 +47,7 @@ class Training:
         self.model.to(processes.device).train()
         if config.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
-        self.parallel: nn.Module = self.model
-        if processes.count > 1:
-            # After the first piece M_0 and the persistent tokens have no part in the loss.
-            self.parallel = DistributedDataParallel(
-                self.model, find_unused_parameters=config.pieces > 1
-            )
+        sharding.shard(self.model, processes)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay), betas=(0.9, 0.95)
         )
@@ -71,7 +67,7 @@ class Training:
         self.held_out = [file for file in text.held_out if len(file) >= least[1]]
         if not self.files:
             raise ValueError(f"pieces, length: no file is {least[0]} bytes long")
-        if min(len(self.held_out), config.evaluate_files) < self.processes.count:
+        if min(len(self.held_out), config.evaluate_files) < self.processes.place("data")[1]:
             raise ValueError(
                 f"evaluate_files, evaluate_length: {len(self.held_out)} files held out are "
                 f"{least[1]} bytes long, takes one for each process at least"
@@ -103,8 +99,8 @@ class Training:
                     self._log("evaluation", self.evaluate())
                 if self.step % config.checkpoint_every == 0 or last:
                     self._save()
-        if self.step == config.steps and self.processes.first:
-            self.model.save_pretrained(self.out / "model")
+        if self.step == config.steps:
+            sharding.save_model(self.model, self.out / "model", self.processes)
         self.processes.wait()
 
     def _train_step(self) -> dict[str, Any]:
@@ -118,36 +114,44 @@ class Training:
         rate = rate_of(config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        own = self.processes.own_tokens(config.length)
         with self._precision():
-            out = self.parallel(text[:, :-1], past_key_values=self.cache, use_cache=True)
-        loss = bits(out.logits.float(), text[:, 1:]).mean()
+            out = self.model(text[:, :-1][:, own], past_key_values=self.cache, use_cache=True)
+        # The share of these tokens in the mean over those of all processes.
+        loss = bits(out.logits.float(), text[:, 1:][:, own]).sum() / (config.rows * config.length)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        # FSDP2 takes the mean of the gradients, of which the sum is wanted.
+        (loss * self.processes.place("data")[1] * self.processes.place("length")[1]).backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.optimizer.step()
         self.cache.detach()
         self.step += 1
-        mean = self.processes.sum(loss.detach()) / self.processes.count
+        mean = self.processes.sum(loss.detach(), "data", "length")
         return {"step": self.step, "bits": mean, "learning_rate": rate, "gradient": norm}
 
     @torch.no_grad()
     def evaluate(self) -> list[dict[str, float]]:
         """Bits per byte of held-out text, by how much of it has been read."""
         config, processes = self.config, self.processes
-        mine = slice(processes.rank, None, processes.count)
+        mine = slice(processes.place("data")[0], None, processes.place("data")[1])
         longest, files = config.evaluate_length + 1, config.evaluate_files
         text = excerpts(self.held_out, longest, files)[mine].to(processes.device)
         self.model.eval()
         parts = (t.split(config.length, 1) for t in (text[:, :-1], text[:, 1:]))
         cache, costs = TitansCache(len(self.cache)), []
         for now, after in zip(*parts, strict=True):
+            own = processes.own_tokens(now.shape[1])
             with self._precision():
-                logits = self.model(now, past_key_values=cache, use_cache=True).logits
-            costs.append(bits(logits.float(), after))
+                logits = self.model(now[:, own], past_key_values=cache, use_cache=True).logits
+            cost = torch.zeros(now.shape, device=now.device)
+            cost[:, own] = bits(logits.float(), after[:, own])
+            costs.append(processes.sum(cost, "length"))
         self.model.train()
+        sharding.reshard(self.model)
         ends, means = by_doubling(torch.cat(costs, 1), config.length)
         rows = torch.tensor(float(len(text)), device=processes.device)
-        means = processes.sum(means.sum(0)) / processes.sum(rows)
+        means = processes.sum(means.sum(0), "data") / processes.sum(rows, "data")
         starts = [0, *ends.tolist()]
         return [
             {"step": self.step, "from": a, "to": b, "bits": float(mean)}
@@ -201,6 +205,7 @@ class Training:
             token = torch.zeros(len(self.rows), 1, dtype=torch.int64, device=self.processes.device)
             with torch.no_grad(), self._precision():
                 self.model(token, past_key_values=cache, use_cache=True)
+            sharding.reshard(self.model)
         memories, structure, own = self._memories(cache)
         tensors = self._tensors(model, optimizer) | {"memory": memories}
         checkpoint.load(path, tensors, self.processes)
@@ -231,12 +236,15 @@ class Training:
 
         None between windows, each of which begins with empty memories.
         """
-        leaves, structure = pytree.tree_flatten([layer.state for layer in cache.layers])
+        states = [layer.state for layer in cache.layers]
+        leaves, structure = pytree.tree_flatten_with_path(states)
         if self.step % self.config.pieces == 0:
             leaves = []
         # A state may be a view of a parameter, into which nothing must be read.
-        own = [x.detach().clone(memory_format=torch.contiguous_format) for x in leaves]
-        rows = {f"{i:04d}": self.processes.all_rows(x) for i, x in enumerate(own)}
+        own = [x.detach().clone(memory_format=torch.contiguous_format) for _, x in leaves]
+        heads = [dimension_of_heads(path, x) for path, x in leaves]
+        pairs = enumerate(zip(own, heads, strict=True))
+        rows = {f"{i:04d}": self.processes.whole(x, dim) for i, (x, dim) in pairs}
         return rows, structure, own
 
     def _check_same_run(self, path: Path, facts: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from .config import MESH
 
 T = TypeVar("T")
 
@@ -24,21 +26,29 @@ class Processes:
     rank: int
     count: int
     device: torch.device
-    mesh: DeviceMesh | None = None  # all processes, the rows of a batch divided among them
+    mesh: DeviceMesh | None = None  # all of them, by data, length and heads
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def place(self, name: str) -> tuple[int, int]:
+        """This process among those along a dimension of the mesh, and how many these are."""
+        if self.mesh is None:
+            return (self.rank, self.count) if name == "data" else (0, 1)
+        part = self.mesh[name]
+        return part.get_local_rank(), part.size()
 
     def wait(self) -> None:
         """Until all are here."""
         if self.count > 1:
             dist.barrier()
 
-    def sum(self, x: Tensor) -> Tensor:
-        """Over all processes."""
-        if self.count > 1:
-            dist.all_reduce(x)
+    def sum(self, x: Tensor, *names: str) -> Tensor:
+        """Over the processes along these dimensions of the mesh."""
+        for name in names:
+            if self.mesh is not None:
+                dist.all_reduce(x, group=self.mesh[name].get_group())
         return x
 
     def from_first(self, find: Callable[[], T]) -> T:
@@ -58,32 +68,63 @@ class Processes:
 
     def own_rows(self, rows: int) -> range:
         """Those rows of a batch that this process reads."""
-        if rows % self.count:
-            raise ValueError(f"rows: got {rows}, takes a multiple of the {self.count} processes")
-        share = rows // self.count
-        return range(self.rank * share, (self.rank + 1) * share)
+        rank, count = self.place("data")
+        if rows % count:
+            raise ValueError(f"rows: got {rows}, takes a multiple of the {count} processes")
+        share = rows // count
+        return range(rank * share, (rank + 1) * share)
 
-    def all_rows(self, own: Tensor) -> Tensor:
-        """The rows of all processes as one tensor, of which this process holds its own."""
-        return own if self.mesh is None else DTensor.from_local(own, self.mesh, [Shard(0)])
+    def own_tokens(self, length: int) -> slice:
+        """Those tokens of a row that this process reads."""
+        rank, count = self.place("length")
+        return slice(length * rank // count, length * (rank + 1) // count)
+
+    def whole(self, own: Tensor, heads: int | None) -> Tensor:
+        """The rows and heads of all processes as one tensor, of which this one holds its own.
+
+        Args:
+            heads: the dimension of the heads, if there are some; rows are in the first.
+        """
+        if self.mesh is None:
+            return own
+        over_heads = Replicate() if heads is None else Shard(heads)
+        return DTensor.from_local(own, self.mesh, [Shard(0), Replicate(), over_heads])
 
 
 @contextmanager
-def start(device: str = "auto") -> Iterator[Processes]:
-    """Join the others, if there are any, and leave them at the end."""
+def start(device: str = "auto", mesh: Mapping[str, int] | None = None) -> Iterator[Processes]:
+    """Join the others, if there are any, and leave them at the end.
+
+    Args:
+        mesh: how many processes divide "data", "length" and "heads"; by default all divide data.
+    """
     count, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    sizes = _sizes(count, mesh or {})
     where = _device(device, local)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if count == 1:
         yield Processes(0, 1, where)
         return
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    # Of both: what the processes tell each other besides tensors then waits for no GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
     try:
-        mesh = init_device_mesh(where.type, (count,), mesh_dim_names=("data",))
-        yield Processes(dist.get_rank(), count, where, mesh)
+        all_of_them = init_device_mesh(where.type, sizes, mesh_dim_names=MESH)
+        yield Processes(dist.get_rank(), count, where, all_of_them)
     finally:
         dist.destroy_process_group()
+
+
+def _sizes(count: int, mesh: Mapping[str, int]) -> tuple[int, int, int]:
+    """Of the mesh, whose data is what is left if it is not given."""
+    length, heads = mesh.get("length", 1), mesh.get("heads", 1)
+    data = mesh.get("data", max(1, count // (length * heads)))
+    if data * length * heads != count:
+        raise ValueError(
+            f"mesh: got data {data} x length {length} x heads {heads}, takes a product of {count}, "
+            "the number of processes"
+        )
+    return data, length, heads
 
 
 def _device(device: str, local: int) -> torch.device:
