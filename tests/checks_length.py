@@ -93,13 +93,26 @@ def check_states(rank, folder):
         many = _sharded(one, _mesh()["length"], state=returned)
         got, state = many(_own(x, rank), before if rank == 0 else None)
         close(got, _own(want, rank), "out", returned)
-        got.sum().backward()  # as on one process: an optimizer passes over what is not used
-        assert many.memory.weights[0].grad is None and many.memory.norm_weight.grad is not None
         if returned == "last" and rank != last:
             assert state is None
             continue
         for a, b in zip(pytree.tree_leaves(state), pytree.tree_leaves(after), strict=True):
             close(a, b, "out", returned)
+
+
+def check_what_only_a_sequence_starts_with(rank, folder):
+    """Has a gradient on all ranks or on none, as on one process: an optimizer passes over none."""
+    one = layer("lmm")
+    many = _sharded(one, _mesh()["length"])
+    x = tokens(2, 16, 8)
+    _, before = one(x[:, :3])
+    for state, none in ((None, False), (before.detach(), True)):
+        for block, y in ((one, x), (many, _own(x, rank))):
+            block.zero_grad()
+            out, _ = block(y, state if rank == 0 or block is one else None)
+            out.sum().backward()
+            assert (block.persistent.grad is None) == none
+            assert block.memory.weights[0].grad is not None
 
 
 def check_recall(rank, folder):
@@ -225,6 +238,7 @@ TWO = [
     check_packed_sequences_cut_by_borders,
     check_pieces,
     check_states,
+    check_what_only_a_sequence_starts_with,
     check_recall,
     check_activation_checkpointing,
     check_language_model,

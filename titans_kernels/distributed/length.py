@@ -169,8 +169,7 @@ class _Memory(_Linked, NeuralMemory):
         rows = divide(N, self.heads, count, cu_seqlens is not None)
         done = [[learn(piece) for piece in row] for row in rows]
         o = join_tokens([[o for o, _ in row] for row in done])
-        o = self._relay.tie(o, *self._relay.starts(*weights))
-        return o, join_states([[after for _, after in row] for row in done])
+        return self._relay.tie(o), join_states([[after for _, after in row] for row in done])
 
     def _recall(
         self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None
@@ -295,7 +294,7 @@ class _LengthMAC(_Block, TitansMAC):
         state = relay.receive(state)
         out, after = super()._read(x, state, cu_seqlens)
         relay.send(after)
-        return relay.tie(out, *relay.starts(*self.memory.weights())), after
+        return relay.tie(out), after
 
 
 _PARTS = {NeuralMemory: _Memory, WindowAttention: _Window}
