@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .loop import Training
     from .processes import start
 
-    with start(config.device, config.mesh) as processes:
+    with start(config.device, config.mesh, config.timeout) as processes:
         training = Training(config, processes)
         if processes.first:
             count = sum(parameter.numel() for parameter in training.model.parameters())

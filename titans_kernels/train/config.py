@@ -25,6 +25,7 @@ MODEL = {
 CHANGEABLE = {
     *("out", "steps", "device", "gradient_checkpointing"),
     *("evaluate_every", "checkpoint_every", "keep", "log_every", "mesh"),
+    "timeout",
 }
 MESH = ("data", "length", "heads")
 LARGEST_SEED = 2**63 - 1
@@ -67,6 +68,7 @@ class Config:
     # Processes that divide among them: data, the rows of a batch (default: all that are left);
     # length, the tokens of every row; heads, those of the memories and of attention (default: 1).
     mesh: dict[str, int] = field(default_factory=dict)
+    timeout: float = 600.0  # seconds that a process waits for another
 
     def __post_init__(self) -> None:
         for f in fields(self):

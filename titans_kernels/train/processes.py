@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from ..distributed.lost import naming_the_lost
 from .config import MESH
 
 T = TypeVar("T")
@@ -92,11 +94,17 @@ class Processes:
 
 
 @contextmanager
-def start(device: str = "auto", mesh: Mapping[str, int] | None = None) -> Iterator[Processes]:
+def start(
+    device: str = "auto", mesh: Mapping[str, int] | None = None, timeout: float = 600.0
+) -> Iterator[Processes]:
     """Join the others, if there are any, and leave them at the end.
 
     Args:
         mesh: how many processes divide "data", "length" and "heads"; by default all divide data.
+        timeout: seconds that one waits for another.
+
+    Raises:
+        RuntimeError: in a process that waited for one that is lost, naming its rank.
     """
     count, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     sizes = _sizes(count, mesh or {})
@@ -107,10 +115,12 @@ def start(device: str = "auto", mesh: Mapping[str, int] | None = None) -> Iterat
         yield Processes(0, 1, where)
         return
     # Of both: what the processes tell each other besides tensors then waits for no GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
         all_of_them = init_device_mesh(where.type, sizes, mesh_dim_names=MESH)
-        yield Processes(dist.get_rank(), count, where, all_of_them)
+        with naming_the_lost():
+            yield Processes(dist.get_rank(), count, where, all_of_them)
     finally:
         dist.destroy_process_group()
 

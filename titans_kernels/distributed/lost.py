@@ -1,0 +1,103 @@
+"""Which processes of a run are lost: each leaves signs of life in the store."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+EVERY = 1.0  # seconds between two signs
+PATIENCE = 5.0  # seconds without any after which a process is lost
+
+
+class Signs:
+    """Signs of life of all processes of the default group, and the errors that ended some.
+
+    Backends say that a connection is closed, not whose: a process that waits for another is told by
+    the error of an operation that many take part in.
+    """
+
+    def __init__(self, store: Any, rank: int, count: int) -> None:
+        # A client of its own: another thread's waiting must not hold up the signs.
+        self.store, self.rank, self.count = store.clone(), rank, count
+        self._stop = threading.Event()
+        self._write(0)
+        self._thread = threading.Thread(target=self._live, daemon=True)
+        self._thread.start()
+
+    def _live(self) -> None:
+        sign = 0
+        while not self._stop.wait(EVERY):
+            sign += 1
+            try:
+                self._write(sign)
+            except RuntimeError:  # the store is gone, with the process that kept it
+                return
+
+    def _write(self, sign: int) -> None:
+        self.store.set(f"titans_kernels/sign/{self.rank}", str(sign))
+
+    def end(self, error: BaseException | None) -> None:
+        """The last sign; others are told by what error this process has ended."""
+        self._stop.set()
+        self._thread.join(EVERY)
+        if error is not None:
+            text = (str(error).splitlines() or [""])[0]
+            try:
+                key = f"titans_kernels/error/{self.rank}"
+                self.store.set(key, f"{type(error).__name__}: {text}")
+            except RuntimeError:
+                pass
+
+    def lost(self) -> dict[int, str]:
+        """The ranks that are lost, or have failed, and what is known of why."""
+        try:
+            before = self._signs()
+            time.sleep(PATIENCE)
+            silent = [r for r, sign in self._signs().items() if sign == before[r]]
+            return {r: self._why(r) for r in silent if r != self.rank}
+        except RuntimeError:
+            return {0: "it kept the store, which is gone"}
+
+    def _signs(self) -> dict[int, str]:
+        names = [f"titans_kernels/sign/{rank}" for rank in range(self.count)]
+        self.store.wait(names, timedelta(seconds=PATIENCE))
+        return dict(enumerate(value.decode() for value in self.store.multi_get(names)))
+
+    def _why(self, rank: int) -> str:
+        key = f"titans_kernels/error/{rank}"
+        if self.store.check([key]):
+            return self.store.get(key).decode()
+        return f"no sign of life for {PATIENCE:g} s"
+
+
+@contextmanager
+def naming_the_lost() -> Iterator[None]:
+    """Errors of communication in here name the processes that are lost, if there are any.
+
+    Raises:
+        RuntimeError: naming their ranks, from the error of communication.
+    """
+    signs = Signs(_get_default_store(), dist.get_rank(), dist.get_world_size())
+    try:
+        yield
+    except RuntimeError as error:
+        if not (lost := signs.lost()):
+            signs.end(error)
+            raise
+        told = "; ".join(
+            f"rank {rank} of {signs.count} is lost: {why}" for rank, why in lost.items()
+        )
+        signs.end(None)
+        raise RuntimeError(told) from error
+    except BaseException as error:
+        signs.end(error)
+        raise
+    else:
+        signs.end(None)
