@@ -89,6 +89,12 @@ def check_mistakes(rank, folder):
     late = layer("memory")
     fully_shard(late, mesh=mesh)
     raises(ValueError, "before fully_shard", lambda: ShardHeads()._apply(late, mesh))
+    many = parallelize_module(layer("memory"), mesh, ShardHeads())
+    x, short = tokens(2, 5, 8), tokens(2, 4, 8)
+    words = "length of x: got 4 on rank 1" if rank else "length of x: got 5 on rank 0"
+    raises(ValueError, words, lambda: many(short if rank == 1 else x))
+    many.chunk_size = 4 + rank
+    raises(ValueError, "chunk_size: got ", lambda: many(x))
     raises(TypeError, "sequence_parallel: got 1", lambda: ShardHeads(sequence_parallel=1))
 
 

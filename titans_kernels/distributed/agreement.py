@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..layers import NeuralMemory
 from ..layers.attention import Attention
 from ..layers.block import Block
+from ..layers.sealing import unsealed
 from ..packing import known
 from .messages import Line
 
@@ -39,7 +40,9 @@ def agree(
     if not line.first:
         before = line.take_facts(line.rank - 1, x.device)
         start = before.pop("start")
-        _compare(line, before, facts)
+        if facts["state"] is None:  # a rank behind the first need not have what it is sent
+            facts["state"] = before["state"]
+        _compare(line, line.rank - 1, before, facts)
     end = start + x.shape[1]
     if not line.last:
         line.put_facts(facts | {"start": end}, line.rank + 1, x.device)
@@ -86,14 +89,29 @@ def _options(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _compare(line: Line, before: dict[str, Any], own: dict[str, Any]) -> None:
-    for name, theirs in before.items():
-        mine = own[name]
-        # A rank behind the first need not have the state, which it is sent.
-        if name == "state" and (mine is None or theirs == mine):
-            own[name] = theirs
-        elif theirs != mine:
+def agree_together(line: Line, module: nn.Module, named: dict[str, Any]) -> None:
+    """Compare this rank's call with those of all others, which have the same tokens.
+
+    Args:
+        named: the arguments of `forward`.
+
+    Raises:
+        ValueError: as `agree`.
+    """
+    x, state, cu_seqlens = (named.get(name) for name in ("x", "state", "cu_seqlens"))
+    if not isinstance(x, Tensor) or x.dim() != 3:  # which the layer refuses
+        return
+    options = {n: v for n, v in named.items() if n not in ("x", "state", "cu_seqlens")}
+    own = _facts(module, x, unsealed(state), cu_seqlens, options) | {"length of x": x.shape[1]}
+    own["state"] = state is not None
+    for rank, theirs in enumerate(line.gather_facts(own, x.device)):
+        _compare(line, rank, theirs, own)
+
+
+def _compare(line: Line, rank: int, theirs: dict[str, Any], own: dict[str, Any]) -> None:
+    for name, value in theirs.items():
+        if value != own.get(name):
             raise ValueError(
-                f"{name}: got {mine} on {line.name(line.rank)}, takes that of "
-                f"{line.name(line.rank - 1)}, {theirs}"
+                f"{name}: got {own.get(name)} on {line.name(line.rank)}, takes that of "
+                f"{line.name(rank)}, {value}"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from ..layers import NeuralMemory
 from ..layers.attention import Attention
 from ..layers.block import Block
 from ..layers.convolution import ShortConvolution
+from .agreement import agree_together
+from .messages import Line
 
 # Arguments of the layers with heads that are tokens: the same on all ranks.
 _TOKENS = ("x", "retrieved", "prefix")
@@ -51,7 +54,8 @@ class ShardHeads(ParallelStyle):
 
     Raises:
         TypeError: for a module that is neither a `NeuralMemory` nor a Titans block.
-        ValueError: for heads that the ranks do not divide, or parameters that are sharded already.
+        ValueError: for heads that the ranks do not divide, or parameters that are sharded already;
+            in a call, if ranks differ in options, shapes or dtypes, naming both and what they have.
 
     Example:
         >>> import torch
@@ -82,6 +86,7 @@ class ShardHeads(ParallelStyle):
                 _exchange(part, device_mesh, scattered)
         if self.sequence_parallel and isinstance(module, Block):
             _divide_tokens(module, device_mesh)
+        _agree(module, Line(device_mesh.get_group()))
         return module
 
     def _distribute(self, part: nn.Module, mesh: DeviceMesh, owner: nn.Module | None) -> None:
@@ -177,6 +182,17 @@ def _read_locally(module: nn.Module) -> None:
 
     module.register_forward_pre_hook(enter)
     module.register_forward_hook(leave, always_call=True)
+
+
+def _agree(module: nn.Module, line: Line) -> None:
+    """Before every call; where the ranks can talk by their GPUs alone, before the first."""
+    signature, calls = inspect.signature(module.forward), count()
+
+    def enter(module: nn.Module, args: Any, named: Any) -> None:
+        if line.on_cpu or next(calls) == 0:
+            agree_together(line, module, dict(signature.bind(*args, **named).arguments))
+
+    module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
 
 
 def _exchange(layer: NeuralMemory | Attention, mesh: DeviceMesh, scattered: bool) -> None:

@@ -61,30 +61,48 @@ class Line:
         self._sent.clear()
 
     def put_facts(self, facts: dict[str, Any], to: int, device: torch.device) -> None:
-        text = json.dumps(facts).encode()
-        if len(text) > HEADER:
-            raise ValueError(f"facts: got {len(text)} bytes, takes at most {HEADER}")
-        padded = bytearray(text.ljust(HEADER))
-        message = torch.frombuffer(padded, dtype=torch.uint8).to(self._device(device))
-        self.put([message], to)
+        self.put([_header(facts, self._device(device))], to)
 
     def take_facts(self, source: int, device: torch.device) -> dict[str, Any]:
         like = torch.empty(HEADER, dtype=torch.uint8, device=self._device(device))
         (message,) = self.take([like], source)
-        return json.loads(bytes(message.tolist()))
+        return _facts(message)
 
-    def _device(self, device: torch.device) -> torch.device:
-        """The CPU where the group has a backend for it: nothing then waits for a GPU."""
+    def gather_facts(self, facts: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
+        """Those of all ranks."""
+        own = _header(facts, self._device(device))
+        found = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(found, own, group=self.group)
+        return list(map(_facts, found))
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the group has a backend for the CPU."""
         try:
             self.group._get_backend(torch.device("cpu"))
         except RuntimeError:
-            return device
-        return torch.device("cpu")
+            return False
+        return True
+
+    def _device(self, device: torch.device) -> torch.device:
+        """The CPU where that is possible: nothing then waits for a GPU."""
+        return torch.device("cpu") if self.on_cpu else device
 
     def name(self, rank: int) -> str:
         """A rank of the group, as its process is known everywhere."""
         everywhere = dist.get_global_rank(self.group, rank)
-        return f"rank {everywhere} ({rank + 1} of {self.count} along the sequence)"
+        return f"rank {everywhere} ({rank + 1} of {self.count} that share a layer)"
+
+
+def _header(facts: dict[str, Any], device: torch.device) -> Tensor:
+    text = json.dumps(facts).encode()
+    if len(text) > HEADER:
+        raise ValueError(f"facts: got {len(text)} bytes, takes at most {HEADER}")
+    return torch.frombuffer(bytearray(text.ljust(HEADER)), dtype=torch.uint8).to(device)
+
+
+def _facts(header: Tensor) -> dict[str, Any]:
+    return json.loads(bytes(header.tolist()))
 
 
 class _Peer:
