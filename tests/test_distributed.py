@@ -5,12 +5,13 @@ import doctest
 import checks_heads
 import checks_length
 import checks_training
+import checks_verify
 import process_group
 import pytest
 
 from titans_kernels.distributed import heads, length
 
-TWO = [*checks_heads.TWO, *checks_length.TWO, *checks_training.TWO]
+TWO = [*checks_heads.TWO, *checks_length.TWO, *checks_training.TWO, *checks_verify.TWO]
 FOUR = [*checks_heads.FOUR, *checks_length.FOUR]
 
 

@@ -4,6 +4,8 @@ Every operator is run in every dtype on every backend that works on this machine
 states and gradients, and compared with the float64 reference, which goes token by token and takes
 its inner gradients by autograd. Both get the same inputs, rounded to the dtype. An error is
 ||x - reference|| / ||reference||, of the worst tensor. The exit code is 1 if one is over its bound.
+
+Under torchrun it compares sharded layers with one process instead: `titans_kernels.distributed`.
 """
 
 import argparse
@@ -373,9 +375,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {device}: {error}")
 
-    print(environment(device), flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(environment(device), flush=True)
     if options.env:
         return 0
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _together(device, options.backend)
     print(f"\n{HEADER}", flush=True)
     # The tensors are too small to split: threads would wait for each other most of the time.
     torch.set_num_threads(1)
@@ -392,6 +397,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     verdict = f"{failed} FAIL" if failed else "all ok" if compared else "FAIL, nothing was compared"
     print(f"\n{len(compared)} comparisons with the float64 reference: {verdict}")
     return 0 if compared and not failed else 1
+
+
+def _together(device: str, backends: list[str] | None) -> int:
+    """On all processes that torchrun has started."""
+    from titans_kernels.distributed import verify
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.set_num_threads(1)
+    kind = torch.device(device).type
+    return verify.main(kind, tuple(backends or default_backends(device)))
 
 
 if __name__ == "__main__":
