@@ -2,6 +2,7 @@
 
 import doctest
 
+import checks_docs
 import checks_heads
 import checks_length
 import checks_training
@@ -12,7 +13,7 @@ import pytest
 from titans_kernels.distributed import heads, length
 
 TWO = [*checks_heads.TWO, *checks_length.TWO, *checks_training.TWO, *checks_verify.TWO]
-FOUR = [*checks_heads.FOUR, *checks_length.FOUR]
+FOUR = [*checks_heads.FOUR, *checks_length.FOUR, *checks_docs.FOUR]
 
 
 @pytest.fixture(scope="module")
