@@ -30,16 +30,14 @@ def check_verify(rank, folder):
         assert not text
 
 
-def check_verify_notices_what_is_lost_on_the_way(rank, folder):
+def check_verify_notices_gradients_that_are_lost_on_the_way(rank, folder):
     put = messages.Line.put
-    half = mock.patch.object(
-        messages.Line,
-        "put",
-        lambda line, tensors, to: put(
-            line, [x / 2 if x.is_floating_point() else x for x in tensors], to
-        ),
-    )
-    with half:
+
+    def halved(line, tensors, to):
+        back = to < line.rank
+        put(line, [x / 2 if back else x for x in tensors], to)
+
+    with mock.patch.object(messages.Line, "put", halved):
         code, text = _table()
     assert code == 1
     if rank == 0:
@@ -48,4 +46,4 @@ def check_verify_notices_what_is_lost_on_the_way(rank, folder):
         assert text.rstrip().endswith("4 comparisons with one process: 2 FAIL")
 
 
-TWO = [check_verify, check_verify_notices_what_is_lost_on_the_way]
+TWO = [check_verify, check_verify_notices_gradients_that_are_lost_on_the_way]

@@ -5,6 +5,7 @@ import doctest
 import checks_docs
 import checks_heads
 import checks_length
+import checks_traffic
 import checks_training
 import checks_verify
 import process_group
@@ -12,8 +13,16 @@ import pytest
 
 from titans_kernels.distributed import heads, length
 
-TWO = [*checks_heads.TWO, *checks_length.TWO, *checks_training.TWO, *checks_verify.TWO]
-FOUR = [*checks_heads.FOUR, *checks_length.FOUR, *checks_docs.FOUR]
+MODULES = (
+    checks_heads,
+    checks_length,
+    checks_training,
+    checks_traffic,
+    checks_verify,
+    checks_docs,
+)
+TWO = [check for module in MODULES for check in getattr(module, "TWO", [])]
+FOUR = [check for module in MODULES for check in getattr(module, "FOUR", [])]
 
 
 @pytest.fixture(scope="module")
