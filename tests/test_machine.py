@@ -1,0 +1,24 @@
+"""The emulator of PTX is proven: known answers, and every planted fault is found."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def run(module: str, *arguments: str, triton: str = "") -> str:
+    """What a module prints in a process of its own, which compiles kernels: nothing interprets."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [triton, os.getcwd(), *sys.path]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    command = [sys.executable, "-m", f"triton_support.machine{module}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_90", marks=pytest.mark.wide)])
+def test_known_answers_and_planted_faults(arch):
+    printed = run(".proof", "--arch", arch)
+    assert printed.count("launches") == 2 and "planted and found" in printed
