@@ -6,6 +6,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from distributed_cases import (
     LAYERS,
+    SOME,
     close,
     layer,
     raises,
@@ -108,7 +109,7 @@ def _sharded(many, mesh):
 
 def check_with_fsdp2(rank, folder):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "heads"))
-    for name in LAYERS:
+    for name in SOME:
         one = layer(name)
         many = _sharded(copy.deepcopy(one), mesh)
         x = tokens(2, 11, 8)

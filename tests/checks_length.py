@@ -4,7 +4,7 @@ import copy
 
 import torch
 import torch.distributed as dist
-from distributed_cases import LAYERS, close, layer, raises, read, tokens, whole
+from distributed_cases import LAYERS, SOME, close, layer, raises, read, tokens, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -41,9 +41,9 @@ def _summed_gradients(got, want, name):
         close(q.grad, p.grad, "gradient", f"{name}.{parameter}")
 
 
-def check_outputs_and_gradients_of_tokens(rank, folder):
+def check_outputs_and_gradients_of_tokens(rank, folder, names=tuple(LAYERS)):
     """Over two calls, with the state of the first."""
-    for name in LAYERS:
+    for name in names:
         one = layer(name)
         many = _sharded(one, _mesh()["length"], state="all")
         x, y = tokens(2, 16, 8).requires_grad_(), tokens(2, 16, 8)
@@ -52,6 +52,10 @@ def check_outputs_and_gradients_of_tokens(rank, folder):
         close(got, _own(want, rank), "out", name)
         close(y.grad, _own(x.grad, rank), "gradient", name)
         _summed_gradients(many, one, name)
+
+
+def check_outputs_and_gradients_of_some(rank, folder):
+    check_outputs_and_gradients_of_tokens(rank, folder, SOME)
 
 
 def check_packed_sequences_cut_by_borders(rank, folder):
@@ -205,7 +209,7 @@ def _facts_of(many, x):
 def check_length_heads_and_fsdp2(rank, folder):
     mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("data", "length", "heads"))
     at = mesh["length"].get_local_rank()
-    for name in ("memory", "mag", "mac"):
+    for name in SOME:
         one, many = layer(name), layer(name)
         parallelize_module(many, mesh["heads"], ShardHeads())
         parallelize_module(many, mesh["length"], ShardLength(state="all"))
@@ -247,5 +251,5 @@ TWO = [
 FOUR = [
     check_length_heads_and_fsdp2,
     check_data_and_length,
-    check_outputs_and_gradients_of_tokens,
+    check_outputs_and_gradients_of_some,
 ]

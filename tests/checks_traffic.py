@@ -64,4 +64,4 @@ def check_bytes_of_heads(rank, folder):
 
 
 TWO = [check_bytes_along_the_length, check_bytes_of_heads]
-FOUR = [check_bytes_along_the_length]
+WIDE_FOUR = [check_bytes_along_the_length]

@@ -18,6 +18,7 @@ LAYERS = {
     "mag": lambda: TitansMAG(8, window=5, rotary=False, **SIZE),
     "mal": lambda: TitansMAL(8, window=5, rotary=False, **SIZE),
 }
+SOME = ("memory", "mag", "mac")  # each passes states on in another way
 RATES = {"out": 1e-11, "gradient": 1e-10}
 
 

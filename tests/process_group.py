@@ -3,6 +3,7 @@ most of what they cost."""
 
 import datetime
 import importlib
+import multiprocessing
 import os
 import sys
 import traceback
@@ -12,6 +13,12 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 60
+# What takes seconds to import, once for all processes. Nothing of this project may be among it: a
+# fault may be planted there.
+PREPARED = [
+    *("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor"),
+    *("transformers.modeling_utils", "transformers.generation", "triton", "pytest"),
+]
 
 
 def selected(request, checks):
@@ -32,7 +39,10 @@ def run(checks, count, folder):
     names = [(check.__module__, check.__name__) for check in checks]
     mutants = sys.modules.get("mutants")
     fault = mutants and mutants.planted
-    torch.multiprocessing.spawn(_work, (names, count, str(folder), fault), nprocs=count)
+    multiprocessing.set_forkserver_preload(PREPARED)
+    torch.multiprocessing.start_processes(
+        _work, (names, count, str(folder), fault), nprocs=count, start_method="forkserver"
+    )
     found = dict.fromkeys((check.__name__ for check in checks), "not run: one before it failed")
     for rank in range(count):
         for name, error in torch.load(Path(folder, f"{rank}.pt")).items():
