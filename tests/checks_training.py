@@ -45,7 +45,8 @@ def _write_text(rank, folder):
 
 def _processes(*sizes):
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=MESH)
-    return Processes(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), mesh)
+    rank, count, cpu = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
+    return Processes(rank, count, cpu, mesh, dist.new_group(backend="gloo"))
 
 
 def _rows(config, log):
@@ -103,16 +104,18 @@ def check_checkpointing_and_other_blocks(rank, folder):
 
 
 def check_a_run_goes_from_mesh_to_mesh(rank, folder):
-    """In the middle of a window of text: memories go with it."""
+    """In the middle of a window of text: memories go with it. The second half is written in the
+    background."""
     _write_text(rank, folder)
     want = _alone(rank, folder, "")
-    config = _config(folder, "moved", checkpoint_every=5)
     for until, sizes in ((5, (2, 1, 1)), (10, (1, 2, 1)), (15, (1, 1, 2))):
+        config = _config(folder, "moved", checkpoint_every=5, asynchronous=until > 5)
         training = Training(config, _processes(*sizes))
         assert training.step == until - 5
         training.run(until)
         dist.barrier()
     if rank == 0:
+        config = _config(folder, "moved", checkpoint_every=5)
         Training(config, ALONE).run()
         _same_run(config, want)
 

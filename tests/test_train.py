@@ -270,7 +270,7 @@ def test_a_configuration_file(tmp_path, suffix):
 
 REFUSED = {
     "step=5": "step: unknown; did you mean steps?",
-    "=5": "'': unknown; there are bf16, checkpoint_every",
+    "=5": "'': unknown; there are asynchronous, bf16, checkpoint_every",
     "model.windw=3": "model.windw: unknown; did you mean window?",
     "model.=5": "model.'': unknown",
     "model.window=3.5": "model.window: got 3.5, takes an int",
@@ -341,3 +341,26 @@ def test_a_device_that_is_not_here(device):
 def test_a_gpu_without_its_number():
     with start("cuda") as processes:
         assert processes.device == torch.device("cuda", 0)
+
+
+def test_a_checkpoint_written_in_the_background_is_the_same(tmp_path):
+    """Training goes on meanwhile; it is there, with its name, some steps later."""
+    out, whole = tmp_path / "background", tmp_path / "whole"
+    training = Training(_config(out, steps=20, checkpoint_every=3, asynchronous=True), ALONE)
+    training._train_step()
+    training._save()
+    training._train_step()  # changes the parameters
+    assert list((out / "checkpoints").glob("step-????????")) == []
+    training._finish_saving()
+    once = Training(_config(whole, steps=20, checkpoint_every=3), ALONE)
+    once._train_step()
+    once._save()
+    once._finish_saving()
+    found, want = (
+        checkpoint.read_manifest(path / "checkpoints/step-00000001")["files"]
+        for path in (out, whole)
+    )
+    assert [n for n in found if n.endswith("safetensors")]
+    for name in found:
+        if name.endswith("safetensors"):
+            assert found[name] == want[name]

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,25 @@ FOLDERS = "step-????????"
 
 
 def save(
-    folder: Path, step: int, tensors: Any, facts: dict[str, Any], processes: Processes, keep: int
-) -> None:
+    folder: Path,
+    step: int,
+    tensors: Any,
+    facts: dict[str, Any],
+    processes: Processes,
+    keep: int,
+    asynchronous: bool = False,
+) -> Callable[[], None]:
     """Write folder/step-00000123. Whole, or not at all.
 
     Args:
         tensors: dicts and lists of tensors; of a DTensor every process writes its own shard.
         facts: what else to remember, as JSON.
         keep: that many checkpoints stay, the newest.
+        asynchronous: whether to copy the tensors only, and to write them in the background.
+
+    Returns:
+        What every process has to call in the end: it waits until all is written, and gives the
+        checkpoint its name.
     """
     final = folder / f"step-{step:08d}"
     partial = final.with_suffix(".partial")
@@ -45,16 +57,25 @@ def save(
         partial.mkdir(parents=True)
     processes.wait()
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    _alone_or_together(dcp.save, tensors, processes, storage_writer=writer)
-    processes.wait()
-    if processes.first:
-        files = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
-        _write_manifest(partial / MANIFEST, {"step": step, "files": files} | facts)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in sorted(folder.glob(FOLDERS))[:-keep]:
-            shutil.rmtree(old)
-    processes.wait()
+    run = dcp.async_save if asynchronous else dcp.save
+    # Its own group: in another thread than the collectives of training.
+    options = {"process_group": processes.background} if asynchronous else {}
+    written = _alone_or_together(run, tensors, processes, storage_writer=writer, **options)
+
+    def finish() -> None:
+        if asynchronous:
+            written.result()
+        processes.wait()
+        if processes.first:
+            files = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
+            _write_manifest(partial / MANIFEST, {"step": step, "files": files} | facts)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for old in sorted(folder.glob(FOLDERS))[:-keep]:
+                shutil.rmtree(old)
+        processes.wait()
+
+    return finish
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -119,11 +140,11 @@ def load(path: Path, tensors: Any, processes: Processes) -> None:
         raise ValueError(f"{path}: {reasons}") from None
 
 
-def _alone_or_together(run: Any, tensors: Any, processes: Processes, **options: Any) -> None:
+def _alone_or_together(run: Any, tensors: Any, processes: Processes, **options: Any) -> Any:
     with warnings.catch_warnings():
         # That there are no other processes is what was said.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        run(tensors, no_dist=processes.count == 1, **options)
+        return run(tensors, no_dist=processes.count == 1, **options)
 
 
 def _write_manifest(file: Path, facts: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ MODEL = {
 CHANGEABLE = {
     *("out", "steps", "device", "gradient_checkpointing"),
     *("evaluate_every", "checkpoint_every", "keep", "log_every", "mesh"),
-    "timeout",
+    *("timeout", "asynchronous"),
 }
 MESH = ("data", "length", "heads")
 LARGEST_SEED = 2**63 - 1
@@ -61,6 +61,7 @@ class Config:
     evaluate_length: int = 4096
     checkpoint_every: int = 250
     keep: int = 2  # checkpoints, the newest
+    asynchronous: bool = False  # checkpoints are written while training goes on
     log_every: int = 10
     seed: int = 0
     device: str = "auto"  # "auto", "cuda": a GPU of its own for each process, if there are any

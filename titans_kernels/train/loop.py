@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -31,6 +32,7 @@ from .measures import bits, by_doubling
 from .processes import Processes
 from .text import excerpts, read_text, windows
 
+BACKGROUND = 10  # steps that an asynchronous checkpoint has before training waits for it
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -52,6 +54,8 @@ class Training:
             parameter_groups(self.model, config.weight_decay), betas=(0.9, 0.95)
         )
         self.cache = TitansCache(len(self.model.model.layers))
+        self.finish: Callable[[], None] | None = None  # of the checkpoint that is being written
+        self.named_at = 0
         self._resume()
         if processes.first:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -99,6 +103,9 @@ class Training:
                     self._log("evaluation", self.evaluate())
                 if self.step % config.checkpoint_every == 0 or last:
                     self._save()
+                if self.step >= self.named_at:
+                    self._finish_saving()
+        self._finish_saving()
         if self.step == config.steps:
             sharding.save_model(self.model, self.out / "model", self.processes)
         self.processes.wait()
@@ -186,8 +193,23 @@ class Training:
         facts = {"config": asdict(self.config), "text": self._text_checksum()}
         tensors = self._tensors(*self._state_dicts())
         tensors["memory"] = self._memories(self.cache)[0]
-        folder, keep = self.out / "checkpoints", self.config.keep
-        checkpoint.save(folder, self.step, tensors, facts, self.processes, keep)
+        self._finish_saving()
+        self.finish = checkpoint.save(
+            self.out / "checkpoints",
+            self.step,
+            tensors,
+            facts,
+            self.processes,
+            self.config.keep,
+            self.config.asynchronous,
+        )
+        self.named_at = self.step + (BACKGROUND if self.config.asynchronous else 0)
+
+    def _finish_saving(self) -> None:
+        """All processes at the same step: they wait for each other."""
+        if self.finish is not None:
+            self.finish()
+            self.finish = None
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint in the folder that is whole, or begin there."""

@@ -29,6 +29,7 @@ class Processes:
     count: int
     device: torch.device
     mesh: DeviceMesh | None = None  # all of them, by data, length and heads
+    background: dist.ProcessGroup | None = None  # all of them, for another thread
 
     @property
     def first(self) -> bool:
@@ -120,7 +121,8 @@ def start(
     try:
         all_of_them = init_device_mesh(where.type, sizes, mesh_dim_names=MESH)
         with naming_the_lost():
-            yield Processes(dist.get_rank(), count, where, all_of_them)
+            background = dist.new_group(backend="gloo")
+            yield Processes(dist.get_rank(), count, where, all_of_them, background)
     finally:
         dist.destroy_process_group()
 
