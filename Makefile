@@ -23,7 +23,7 @@ OWN   := $(VENV)/transformers-tests
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format verify mutants fuzz static bench clean
+.PHONY: help demo test test-all check format verify mutants fuzz static machine bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -86,6 +86,18 @@ fuzz: $(READY) ## Compare 2,000 random calls of each kind with the definition, o
 static: $(READY) $(OTHER) ## Compile the shipped kernels for every GPU and judge their machine code
 	$(PY) -m benchmarks.static --check
 	PYTHONPATH=$(OTHER) $(PY) -m benchmarks.static --check
+
+EXECUTE := PYTHONPATH=.:tests $(ONE_THREAD) $(PY) -m triton_support.machine
+EXECUTE_OTHER := PYTHONPATH=$(OTHER):.:tests $(ONE_THREAD) $(PY) -m triton_support.machine
+EXECUTED := $(VENV)/machine.jsonl
+machine: $(READY) $(OTHER) ## Execute the kernels' PTX without a GPU, about two hours: docs/machine.md
+	$(EXECUTE).proof --arch sm_80
+	$(EXECUTE).proof --arch sm_90
+	$(EXECUTE_OTHER).proof --arch sm_80
+	$(EXECUTE) --arch sm_80 > $(EXECUTED)
+	$(EXECUTE) --arch sm_90 --cases shipped >> $(EXECUTED)
+	$(EXECUTE_OTHER) --arch sm_80 >> $(EXECUTED)
+	$(EXECUTE).table $(EXECUTED)
 
 bench: $(READY) ## Time the operators beside their peers
 	$(PY) -m benchmarks

@@ -1,0 +1,76 @@
+"""docs/machine.md, from what was executed: `python -m triton_support.machine.table RECORDS...`"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+PAGE = Path(__file__).parents[3] / "docs" / "machine.md"
+INTRODUCTION = """\
+# The machine's own code, executed without the machine
+
+The PTX that Triton compiles from the package's kernels, executed on a CPU instruction by
+instruction (`tests/triton_support/machine`) and held to the float64 reference: outputs, final
+state, `retrieve` and, except in the rows without a backward pass, the gradient of every input.
+A row of this table passed three runs that agree to the bit: asynchronous operands land at once, as
+late as a wait allows, and late with NaN for every load that races. In none of them was there an
+access out of bounds or misaligned, a read of shared memory that nobody wrote, a race in shared
+memory or between programs, a use of bytes that a copy is still writing, an `ld.global.nc` of what
+the launch wrote, or a barrier that not every warp reaches.
+
+- **error**: of the worst tensor, relative, in the Frobenius norm, over all seeds.
+- **ratio**: the worst tensor's RMS error over the yardstick's, at most 1.25 (float32: over the
+  PyTorch backend's, at most 4).
+- **dead races**: scan_backward's replicated tiles are loaded by every warp and stored by one,
+  without a barrier; what the others read is never used, which the run with NaN shows.
+- **instructions**, **products**: of warps, and of tensor cores, executed a token and head. Products
+  are `mma.sync` or a warp's part of `wgmma`.
+
+Not executed: ptxas and its machine code, timing, races between lanes of one warp, sm_100, AMD.
+`make machine` writes this page.
+
+"""
+HEAD = (
+    "| case | GPU | Triton | dtype | tile | error | ratio | dead races | instructions "
+    "| products |\n"
+    "|---|---|---|---|---|---|---|---|---|---|\n"
+)
+KERNELS = """
+## By kernel
+
+Instructions and products that are executed a token and head, of the row's first two columns.
+
+| case | GPU | Triton | dtype | kernel | instructions | products |
+|---|---|---|---|---|---|---|
+"""
+
+
+def _cells(*cells: object) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |\n"
+
+
+def page(records: list[dict]) -> str:
+    """The page; a record that failed stands in it by its error."""
+    rows, kernels = "", ""
+    for r in records:
+        where = (r["case"], r["arch"], r["triton"], r["dtype"])
+        if "failed" in r:
+            rows += _cells(*where, "failed: " + r["failed"].replace("|", "/"), *[""] * 5)
+            continue
+        counts = (f"{r['instructions']:,.0f}", f"{r['products']:.1f}")
+        error, ratio = f"{r['error']:.1e}", f"{r['rms']:.2f}"
+        rows += _cells(*where, r["tile"], error, ratio, f"{r['dead_races']:,}", *counts)
+        if r["case"] in ("D 64", "D 128"):
+            for name, (instructions, products) in r["kernels"].items():
+                kernels += _cells(*where, name, f"{instructions:,.0f}", f"{products:.1f}")
+    return INTRODUCTION + HEAD + rows + (KERNELS + kernels if kernels else "")
+
+
+def main() -> None:
+    lines = [line for path in sys.argv[1:] for line in Path(path).read_text().splitlines()]
+    PAGE.write_text(page([json.loads(line) for line in lines]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
