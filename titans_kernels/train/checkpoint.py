@@ -58,7 +58,7 @@ def save(
     processes.wait()
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
     run = dcp.async_save if asynchronous else dcp.save
-    # Its own group: in another thread than the collectives of training.
+    # A group of its own: in another thread than the collectives of training.
     options = {"process_group": processes.background} if asynchronous else {}
     written = _alone_or_together(run, tensors, processes, storage_writer=writer, **options)
 
