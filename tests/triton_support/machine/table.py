@@ -6,6 +6,11 @@ import json
 import sys
 from pathlib import Path
 
+from benchmarks import model
+
+from .cases import CASES, Case
+
+PRICED = ("D 64", "D 64, forward only")  # whole blocks: the formulas count no padding
 PAGE = Path(__file__).parents[3] / "docs" / "machine.md"
 INTRODUCTION = """\
 # The machine's own code, executed without the machine
@@ -27,8 +32,8 @@ the launch wrote, or a barrier that not every warp reaches.
 - **instructions**, **products**: of warps, and of tensor cores, executed a token and head. Products
   are `mma.sync` or a warp's part of `wgmma`.
 
-Not executed: ptxas and its machine code, timing, races between lanes of one warp, sm_100, AMD.
-`make machine` writes this page.
+Only the rows below were run. Not executed: ptxas and its machine code, timing, races between lanes
+of one warp, sm_100, AMD. `make machine` runs all cases and writes this page.
 
 """
 HEAD = (
@@ -39,11 +44,23 @@ HEAD = (
 KERNELS = """
 ## By kernel
 
-Instructions and products that are executed a token and head, of the row's first two columns.
+Instructions and products that are executed a token and head: of the forward pass and, where there
+is a backward pass, of the forward pass computed again in it. Beside them the products that the
+formulas of `benchmarks.model` ask for, of 4,096 FLOP each. Where more are executed, a likely cause
+(not traced here) is a tile with fewer fragments than warps, which several warps compute alike.
 
-| case | GPU | Triton | dtype | kernel | instructions | products |
-|---|---|---|---|---|---|---|
+| case | GPU | Triton | dtype | kernel | instructions | products | by formula |
+|---|---|---|---|---|---|---|---|
 """
+PRODUCT = 16 * 8 * 16 * 2  # FLOP of one m16n8k16
+
+
+def by_formula(kernel: str, case: Case, block: int) -> float:
+    """Products a token and head of a kernel of the 16-bit dtypes, in all launches of a case."""
+    again = 2 if case.backward and kernel in ("scan", "retrieve") else 1
+    names = ("inputs_backward q", "inputs_backward k") if kernel == "inputs_backward" else (kernel,)
+    sizes = (case.D, case.hidden, block, case.chunk, case.T)
+    return again * sum(model.cost(name, *sizes).flop for name in names) / PRODUCT
 
 
 def _cells(*cells: object) -> str:
@@ -61,9 +78,12 @@ def page(records: list[dict]) -> str:
         counts = (f"{r['instructions']:,.0f}", f"{r['products']:.1f}")
         error, ratio = f"{r['error']:.1e}", f"{r['rms']:.2f}"
         rows += _cells(*where, r["tile"], error, ratio, f"{r['dead_races']:,}", *counts)
-        if r["case"] in ("D 64", "D 128"):
+        if r["case"] in PRICED and r["dtype"] != "float32":
+            block = int(r["tile"].split("x")[0])
             for name, (instructions, products) in r["kernels"].items():
-                kernels += _cells(*where, name, f"{instructions:,.0f}", f"{products:.1f}")
+                paper = by_formula(name, CASES[r["case"]], block)
+                cells = (f"{instructions:,.0f}", f"{products:.1f}", f"{paper:.1f}")
+                kernels += _cells(*where, name, *cells)
     return INTRODUCTION + HEAD + rows + (KERNELS + kernels if kernels else "")
 
 
