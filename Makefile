@@ -90,7 +90,7 @@ static: $(READY) $(OTHER) ## Compile the shipped kernels for every GPU and judge
 EXECUTE := PYTHONPATH=.:tests $(ONE_THREAD) $(PY) -m triton_support.machine
 EXECUTE_OTHER := PYTHONPATH=$(OTHER):.:tests $(ONE_THREAD) $(PY) -m triton_support.machine
 EXECUTED := $(VENV)/machine.jsonl
-machine: $(READY) $(OTHER) ## Execute the kernels' PTX without a GPU, about two hours: docs/machine.md
+machine: $(READY) $(OTHER) ## Execute the kernels' PTX without a GPU (long): docs/machine.md
 	$(EXECUTE).proof --arch sm_80
 	$(EXECUTE).proof --arch sm_90
 	$(EXECUTE_OTHER).proof --arch sm_80

@@ -94,6 +94,8 @@ def answers(arch: str, late: bool) -> int:
         _close("sums of squares", s, x.double().square().sum(1), 1e-6)
         samples.reverse[(1,)](torch.empty(512), y := torch.empty(512), 512, True)
         _close("reverse", y, 511 - torch.arange(512), 0)
+        samples.nested[(1,)]((x[0], 3, (x[1], None, 1)), y := torch.empty(64), 64)
+        _close("nested", y, 3 * x[0] + x[1] + 1, 1e-6)
     for launch in found:
         if launch.faults:
             raise AssertionError(f"{launch.kernel}: {launch.faults}\n{launch.notes}")

@@ -80,3 +80,10 @@ def overlap(p_x, B: tl.constexpr):
 def copy(p_x, p_y, B: tl.constexpr):
     o = tl.arange(0, B)
     tl.store(p_y + o, tl.load(p_x + o))
+
+
+@triton.jit
+def nested(b, p_y, B: tl.constexpr):
+    """Arguments in tuples, as the package's records are: (x, factor, (x', none, 1))."""
+    o = tl.arange(0, B)
+    tl.store(p_y + o, tl.load(b[0] + o) * b[1] + tl.load(b[2][0] + o) + b[2][2])
