@@ -84,8 +84,8 @@ fuzz: $(READY) ## Compare 2,000 random calls of each kind with the definition, o
 	FUZZ=2000 $(ONE_THREAD) $(PY) -m pytest -n 2 --dist load tests/test_fuzz.py
 
 static: $(READY) $(OTHER) ## Compile the shipped kernels for every GPU and judge their machine code
-	$(PY) -m benchmarks.static --check
-	PYTHONPATH=$(OTHER) $(PY) -m benchmarks.static --check
+	$(PY) -m benchmarks.machine_code.static --check
+	PYTHONPATH=$(OTHER) $(PY) -m benchmarks.machine_code.static --check
 
 EXECUTE := PYTHONPATH=.:tests $(ONE_THREAD) $(PY) -m triton_support.machine
 EXECUTE_OTHER := PYTHONPATH=$(OTHER):.:tests $(ONE_THREAD) $(PY) -m triton_support.machine

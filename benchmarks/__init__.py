@@ -1,17 +1,22 @@
 """What the operators cost, beside what a user would pick instead.
 
-On a CPU, `python -m benchmarks`: cases.py says what is compared, and only that; shapes.py has sizes
-and what they cost, providers.py builds ours, the definition and the peers. harness.py checks and
-times them, memory.py measures their peak memory, breakdown.py where our time goes. report.py and
-plots.py write down what came out, beside the machine it came out of (machine.py).
+    python -m benchmarks            time, memory and profile on this machine, beside the peers
+    python -m benchmarks.evidence   what models with a memory learn
+    python -m benchmarks.gpu        all of it on a GPU that is at hand for minutes, resumable
+    python -m benchmarks.cluster    a plan for many GPUs, on paper
 
-On a GPU that is there for minutes, `python -m benchmarks.gpu`: tests, timings, tuning and profiles
-in steps that go on where they stopped, and `python -m benchmarks.gpu.collect` for what came back.
-`python -m benchmarks.tune` alone looks for better tiles (checking.py: the right ones), journal.py
-keeps what was found.
+    running/        cases, sizes and providers; the harness that checks, times and measures memory
+    reporting/      tables, plots and the README's figures from recorded results
+    machine_code/   what the kernels compile to and a cost model, without a GPU; the tile tuner
+    gpu/            the GPU kit
+    evidence/       recall tasks
+    results/        recorded runs
 
-Without a GPU, `python -m benchmarks.static` says what the kernels cost in machine code (offline.py
-compiles it, machine_code.py reads it), `python -m benchmarks.model` what they would take on paper.
-
-A new case is a record in cases.py; a new peer is a builder in providers.py and its name in a case.
+To add a case, add a record to `running/cases.py`. To add a peer, write a builder in
+`running/providers.py` (or `running/peers.py`, for another sequence model) and name it in a case.
 """
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import report
-from .breakdown import breakdown
-from .cases import CASES, OURS
-from .harness import QUICK, Effort, measure
-from .machine import describe
+from . import RESULTS
+from .reporting import report
+from .running.breakdown import breakdown
+from .running.cases import CASES, OURS
+from .running.harness import QUICK, Effort, measure
+from .running.machine import describe
 
-RESULTS = Path(__file__).parent / "results"
 PROFILED = ("layer", "operator", "decode")  # the others are one of them at other sizes
 
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     name = "-".join([machine.slug, *(options.cases or []), *(["quick"] if options.quick else [])])
     files = report.write(run, cases, options.out, name)
     try:
-        from .plots import draw
+        from .reporting.plots import draw
 
         files += draw(files[0])
     except ImportError as missing:

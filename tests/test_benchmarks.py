@@ -12,15 +12,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
-from benchmarks import report
-from benchmarks.breakdown import DISPATCH, PRODUCTS, PYTHON, group_of
-from benchmarks.cases import CASES, OURS, TINY
-from benchmarks.harness import FIELDS, QUICK, Row, measure, runner
-from benchmarks.machine import describe
-from benchmarks.memory import RESET, peak_growth
-from benchmarks.plots import draw
-from benchmarks.providers import Task, our_operator
-from benchmarks.shapes import BOTH, FORWARD, Shape, layer_flop
+from benchmarks.reporting import report
+from benchmarks.reporting.plots import draw
+from benchmarks.running.breakdown import DISPATCH, PRODUCTS, PYTHON, group_of
+from benchmarks.running.cases import CASES, OURS, TINY
+from benchmarks.running.harness import FIELDS, QUICK, Row, measure, runner
+from benchmarks.running.machine import describe
+from benchmarks.running.memory import RESET, peak_growth
+from benchmarks.running.providers import Task, our_operator
+from benchmarks.running.shapes import BOTH, FORWARD, Shape, layer_flop
 from titans_kernels import ops
 
 ROOT = Path(__file__).parents[1]

@@ -11,19 +11,19 @@ from unittest import mock
 
 import pytest
 
-from benchmarks import readme
-from benchmarks.cases import OURS
 from benchmarks.gpu import collect
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.kit import AGAIN, MORE, Kit, Step, program, work
 from benchmarks.gpu.matrix import REHEARSED
 from benchmarks.gpu.stages import METRICS, STAGES, counters
-from benchmarks.harness import Row
-from benchmarks.journal import Journal
-from benchmarks.machine import describe
-from benchmarks.model import forward_flop
-from benchmarks.plots import draw
-from benchmarks.shapes import FORWARD, Shape
+from benchmarks.machine_code.model import forward_flop
+from benchmarks.reporting import readme
+from benchmarks.reporting.plots import draw
+from benchmarks.running.cases import OURS
+from benchmarks.running.harness import Row
+from benchmarks.running.journal import Journal
+from benchmarks.running.machine import describe
+from benchmarks.running.shapes import FORWARD, Shape
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import offline, static
+from benchmarks.machine_code import offline, static
 from titans_kernels.kernels.tiles import ARCHITECTURES, Blocks, Schedule, Tile, tile, using
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ def test_shipped_kernels(path, arch, tmp_path):
         pytest.skip(f"no {path}; `make test` installs it")
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)} | ({"PYTHONPATH": path} if path else {})
-    command = [sys.executable, "-m", "benchmarks.static", "--check", "--arch", arch]
+    command = [sys.executable, "-m", "benchmarks.machine_code.static", "--check", "--arch", arch]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f"\n{kernel} " in done.stdout for kernel in static.KERNELS)

@@ -10,7 +10,7 @@ from triton_support.interpreter import install
 from triton_support.samples import matmul
 from triton_support.sanitizer import CHECKS, MemoryFault, sanitize
 
-from benchmarks import offline
+from benchmarks.machine_code import offline
 
 if torch.cuda.is_available() and not triton.knobs.runtime.interpret:
     pytest.skip("a GPU runs kernels itself", allow_module_level=True)

@@ -10,10 +10,11 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import checking, tune
-from benchmarks.checking import Setting
-from benchmarks.journal import Journal
-from benchmarks.shapes import Shape
+from benchmarks.machine_code import tune
+from benchmarks.running import checking
+from benchmarks.running.checking import Setting
+from benchmarks.running.journal import Journal
+from benchmarks.running.shapes import Shape
 from titans_kernels.kernels import tiles
 from titans_kernels.kernels.tiles import Schedule, Tile
 

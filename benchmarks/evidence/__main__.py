@@ -12,13 +12,12 @@ from pathlib import Path
 
 import torch
 
-from ..machine import describe
+from .. import RESULTS
+from ..running.machine import describe
 from .models import ABLATIONS, KINDS
 from .report import Report, machine_of
 from .tasks import TASKS
 from .training import SCHEDULES, run
-
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

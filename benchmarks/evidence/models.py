@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from titans_kernels.layers import NeuralMemory, TitansLMM, TitansMAG
 from titans_kernels.layers.attention import WindowAttention
-from titans_kernels.layers.convolution import ShortConvolution
+from titans_kernels.layers.convolution import ShortConvolution, convolve
 
 DIM, HEADS, LAYERS, WINDOW, EXPANSION = 64, 2, 2, 32, 2
 PARAMETERS = 150_000  # of every model
@@ -46,8 +46,8 @@ class GatedLinearAttention(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         heads = []
         for projection, convolution in zip(self.qkv, self.convolutions, strict=True):
-            y, _ = convolution(projection(x), None, None)
-            y = F.silu(y).unflatten(-1, (self.heads, self.dim_head)).transpose(1, 2)
+            y, _ = convolve([convolution()], [projection(x)], None, None)
+            y = F.silu(y[:, 0]).unflatten(-1, (self.heads, self.dim_head)).transpose(1, 2)
             heads.append(F.normalize(y, dim=-1))
         q, k, v = heads  # [B, H, T, D]
         kept = F.logsigmoid(self.decay(x)).cumsum(1).transpose(1, 2)  # [B, H, T]

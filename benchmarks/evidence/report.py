@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ..machine import Machine
+from ..running.machine import Machine
 from .models import ABLATIONS, DIM, HEADS, KINDS, LAYERS
 from .tasks import FILLER, KEYS, TASKS, VALUES
 from .training import Run, Schedule

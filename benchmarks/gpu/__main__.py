@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..journal import Journal
+from ..running.journal import Journal
 from . import __doc__ as about
 from .kit import AGAIN, MORE, ROOT, Kit, work
 from .stages import STAGES

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import readme, report, tune
-from ..__main__ import RESULTS
-from ..harness import Row as Timed
-from ..journal import Journal, Row
-from ..machine import Machine
-from .kit import ROOT
+from .. import RESULTS, ROOT
+from ..machine_code import tune
+from ..reporting import readme, report
+from ..running.harness import Row as Timed
+from ..running.journal import Journal, Row
+from ..running.machine import Machine
 from .matrix import cases
 from .stages import STAGES
 
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run, journal = gather(options.folder)
     files = report.write(run, cases(), options.out, run.machine.slug)
     try:
-        from ..plots import draw
+        from ..reporting.plots import draw
 
         files += draw(files[0])
     except ImportError as missing:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checking import alive
-from ..journal import Journal, Row, in_short
+from .. import ROOT
+from ..running.checking import alive
+from ..running.journal import Journal, Row, in_short
 
-ROOT = Path(__file__).resolve().parents[2]
 ATTEMPTS = 2  # at a step that takes its process along
 AGAIN, MORE = 3, 4  # exit codes: a new process has to go on; another call has to
 

@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ..checking import Setting, results
-from ..shapes import Shape
+from ..running.checking import Setting, results
+from ..running.shapes import Shape
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from .. import peers, providers
-from ..cases import CASES, OURS, TINY, Case
-from ..model import forward_flop
-from ..providers import Builder
-from ..shapes import FORWARD, Shape, attention_flop
+from ..machine_code.model import forward_flop
+from ..running import peers, providers
+from ..running.cases import CASES, OURS, TINY, Case
+from ..running.providers import Builder
+from ..running.shapes import FORWARD, Shape, attention_flop
 
 TORCH = "PyTorch backend"
 BOUNDS = dict.fromkeys(("layer", "layer-paper", "compiled", "decode"), 5e-2)  # of the others 2e-2

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from titans_kernels.kernels.tiles import Tile
 
-from .. import tune
-from ..checking import Setting, bound, error
-from ..harness import QUICK, Effort, measure
-from ..journal import Row
-from ..machine import Machine, describe
-from ..shapes import Shape
+from ..machine_code import tune
+from ..running.checking import Setting, bound, error
+from ..running.harness import QUICK, Effort, measure
+from ..running.journal import Row
+from ..running.machine import Machine, describe
+from ..running.shapes import Shape
 from .kit import Kit, Stage, Step, Steps, program, python
 from .matrix import cases
 

@@ -1,7 +1,8 @@
 """What the tests of Triton kernels need where there is no GPU.
 
 `interpreter` makes Triton's CPU interpreter compute what a GPU would, `sanitizer` watches every
-access to memory while it runs. `benchmarks.offline` compiles for GPUs that are not there.
+access to memory while it runs. `benchmarks.machine_code.offline` compiles for GPUs that are not
+there.
 
 Triton decides when a kernel is decorated whether it will be interpreted or compiled, and decorates
 its own library when it is imported. A process does one or the other: conftest.py calls

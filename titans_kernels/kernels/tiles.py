@@ -91,8 +91,8 @@ ANY = 2**63
 # Head dimensions and chunks up to the first two numbers take the tile; chunks set the width of what
 # scan holds. Above it, of scan, retrieve and recall, then of retrieve, scan and inputs backwards:
 # registers and, where a thread has any, bytes of stack (Triton 3.9 and, where much differs, 3.6;
-# `python -m benchmarks.static`). A row that `python -m benchmarks.tune` wrote says what it measured
-# instead.
+# `python -m benchmarks.machine_code.static`). A row that `benchmarks.machine_code.tune` wrote says
+# what it measured instead.
 _HALF = {
     # sm_80's also fit sm_86, sm_89 and sm_120, which have 99 KiB of shared memory to a program.
     "sm_80": (
@@ -142,7 +142,7 @@ ARCHITECTURES = tuple(_HALF)
 # Ahead of these rows where no backward pass follows: of states, which are most of what scan moves,
 # blocks of 128 tokens move half. Scan and retrieve; recall, alike in both, takes the rows above.
 # Up to D 128 in chunks of 16, training in such blocks spills at most 200 bytes, forward alone at D
-# 128 at most 32: `benchmarks.tune` finds whether that costs more than it saves.
+# 128 at most 32: `benchmarks.machine_code.tune` finds whether that costs more than it saves.
 _FORWARD: dict[str, tuple[tuple[int, int, Tile], ...]] = {
     "sm_80": (),
     "sm_90": (

@@ -15,7 +15,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.offline import _StandIn
+from benchmarks.machine_code.offline import _StandIn
 
 from .decode import Program, parse
 from .program import Found, Memory, execute

@@ -46,8 +46,9 @@ KERNELS = """
 
 Instructions and products that are executed a token and head: of the forward pass and, where there
 is a backward pass, of the forward pass computed again in it. Beside them the products that the
-formulas of `benchmarks.model` ask for, of 4,096 FLOP each. Where more are executed, a likely cause
-(not traced here) is a tile with fewer fragments than warps, which several warps compute alike.
+formulas of `benchmarks.machine_code.model` ask for, of 4,096 FLOP each. Where more are executed, a
+likely cause (not traced here) is a tile with fewer fragments than warps, which several warps
+compute alike.
 
 | case | GPU | Triton | dtype | kernel | instructions | products | by formula |
 |---|---|---|---|---|---|---|---|

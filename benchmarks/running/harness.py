@@ -13,14 +13,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.benchmark import Measurement, Timer
 
 from .cases import OURS, Case
 from .journal import in_short
 from .machine import Machine
 from .memory import peak_growth
-from .providers import Task
+from .providers import Task, runner
 from .shapes import BOTH, FORWARD, Shape
 
 RESOLUTION = 2**20  # bytes; a peak below that says nothing beside another
@@ -73,19 +72,6 @@ class Row:
 
 
 FIELDS = tuple(field.name for field in fields(Row))
-
-
-def runner(task: Task, mode: str) -> Callable[[], Any]:
-    """What the timer calls. Backward: of the sum of the output, to every leaf that plays a part."""
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return task.call()
-
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(task.call().sum(), task.leaves, allow_unused=True)
-
-    return {FORWARD: forward, BOTH: both}[mode]
 
 
 def deviation(case: Case, shape: Shape, mode: str) -> float:

@@ -1,4 +1,7 @@
-"""The README's table of GPU figures, from recorded results alone: `python -m benchmarks.readme`"""
+"""The README's table of GPU figures, from recorded results alone.
+
+Run `python -m benchmarks.reporting.readme`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .cases import OURS
-from .harness import Row
+from .. import RESULTS, ROOT
+from ..running.cases import OURS
+from ..running.harness import Row
 
-ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- GPU figures, .*? -->\n)(.*?)(<!-- end of GPU figures -->)", re.DOTALL)
 
 
@@ -79,6 +82,6 @@ def refresh(readme: Path, results: Path) -> bool:
 
 
 if __name__ == "__main__":
-    changed = refresh(ROOT / "README.md", Path(__file__).parent / "results")
+    changed = refresh(ROOT / "README.md", RESULTS)
     print("refreshed" if changed else "nothing to do")
     sys.exit(0)

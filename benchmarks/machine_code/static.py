@@ -1,4 +1,6 @@
-"""What the shipped kernels cost in machine code, without a GPU: `python -m benchmarks.static`
+"""What the shipped kernels cost in machine code, without a GPU.
+
+Run `python -m benchmarks.machine_code.static`.
 
 Compiles every kernel for every target with the tile that ships, in bfloat16, chunks of 16, hidden
 4 D; scan, which holds a chunk, for chunks of 64 too. A "+" marks what backward computes again of
@@ -7,7 +9,8 @@ registers, bytes of stack and of shared memory, instructions and how many of the
 tensor cores, and what a token of a head costs. `--check` judges all of it by limits and by the
 ceilings recorded for the installed Triton, `--record` records them. Any other case:
 
-    python -m benchmarks.offline benchmarks.static:launch --arch sm_90 --case \\
+    python -m benchmarks.machine_code.offline benchmarks.machine_code.static:launch \\
+        --arch sm_90 --case \\
         '{"head_dim": 64, "arch": "sm_90", "dtype": "float32", "depth": 1, "backward": true}'
 
 FLOP, bytes and the floor, the slower of the two on an H200, are those of model.py.
@@ -19,7 +22,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +31,11 @@ from titans_kernels.kernels import operator
 from titans_kernels.kernels.tiles import tile, using
 from titans_kernels.packing import Options, Reading, pack
 
+from .. import ROOT
 from . import model
-from .machine_code import ARCHITECTURES, Report
 from .model import Cost
 from .offline import compiling
+from .sass import ARCHITECTURES, Report
 
 FORWARD = (*model.FORWARD_PASSES, "recall")
 KERNELS = (*FORWARD, *model.BACKWARD_PASSES)
@@ -43,7 +46,7 @@ CHUNK, LONG_CHUNK = 16, 64
 PRODUCTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 SMALL_SHARED_MEMORY = 99 * 1024  # bytes on sm_86, sm_89 and sm_120, which sm_80's tiles serve too
 ROWS = {"sm_90": 64, "sm_100": 64}  # fewer, as in blocks of 32, take the tensor cores of sm_80
-CEILINGS = Path(__file__).parents[1] / "tests" / "static_ceilings.json"
+CEILINGS = ROOT / "tests" / "static_ceilings.json"
 
 
 def launch(
@@ -260,7 +263,7 @@ def compiled(architectures: Iterable[str], head_dims: Iterable[int]) -> Iterable
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 1 if a check fails."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--head-dim", nargs="+", type=int, default=HEAD_DIMS)

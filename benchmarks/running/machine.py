@@ -16,7 +16,7 @@ from torch.utils.benchmark import Timer
 
 import titans_kernels
 
-ROOT = Path(__file__).resolve().parents[1]
+from .. import ROOT
 
 
 @dataclass(frozen=True)

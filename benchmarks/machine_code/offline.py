@@ -14,7 +14,7 @@ needs a process that does not interpret. From a test that does, name a function 
 
 or look at the figures by hand:
 
-    python -m benchmarks.offline launches:matmul --arch sm_90 --case '{"D": 64}'
+    python -m benchmarks.machine_code.offline launches:matmul --arch sm_90 --case '{"D": 64}'
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from .machine_code import ARCHITECTURES, Report, report
+from .sass import ARCHITECTURES, Report, report
 
 
 class _StandIn(DriverBase):
@@ -145,7 +145,7 @@ def _from_json(line: str) -> Report:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.offline")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.machine_code.offline")
     parser.add_argument("launch", help="module:function that launches kernels")
     parser.add_argument("--arch", action="append", choices=list(ARCHITECTURES), help="default: all")
     parser.add_argument("--case", action="append", type=json.loads, help="its arguments, in JSON")

@@ -19,7 +19,7 @@ import reference
 from titans_kernels import NeuralMemory, neural_memory, retrieve
 from titans_kernels.layers import neural_memory as layer_module
 
-from .shapes import Shape
+from .shapes import BOTH, FORWARD, Shape
 
 Inputs = dict[str, Any]  # tensors by name, and tuples of them
 
@@ -32,6 +32,19 @@ class Task(NamedTuple):
 
 
 Builder = Callable[[Inputs, Shape], Task]
+
+
+def runner(task: Task, mode: str) -> Callable[[], Any]:
+    """What the timer calls. Backward: of the sum of the output, to every leaf that plays a part."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return task.call()
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(task.call().sum(), task.leaves, allow_unused=True)
+
+    return {FORWARD: forward, BOTH: both}[mode]
 
 
 # ------------------------------------------------------------------------------------------ inputs

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .breakdown import Share
-from .cases import OURS, Case
-from .harness import Row
-from .machine import Machine
-from .shapes import Shape
+from ..running.breakdown import Share
+from ..running.cases import OURS, Case
+from ..running.harness import Row
+from ..running.machine import Machine
+from ..running.shapes import Shape
 
 COLUMNS = (
     "case",

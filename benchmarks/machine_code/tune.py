@@ -1,4 +1,4 @@
-"""Measures tiles and rewrites the table that ships: `python -m benchmarks.tune`
+"""Measures tiles and rewrites the table that ships: `python -m benchmarks.machine_code.tune`
 
 Goes down from the tile that ships, without gradients and with: one field after another takes its
 other values, and the fastest tile so far goes on. Every tile is first checked, on poisoned memory,
@@ -7,8 +7,8 @@ written down as such and left. The values of a field are compiled side by side b
 timed. What was measured stands in a file, a line each, and is not measured again: stop it and start
 it anew.
 
-    python -m benchmarks.tune --head-dim 64 128 --chunk 16 --out tune.jsonl
-    python -m benchmarks.tune --head-dim 64 128 --chunk 16 --out tune.jsonl --write
+    python -m benchmarks.machine_code.tune --head-dim 64 128 --chunk 16 --out tune.jsonl
+    python -m benchmarks.machine_code.tune --head-dim 64 128 --chunk 16 --out tune.jsonl --write
 
 The second writes the fastest into titans_kernels/kernels/tiles.py, once all are there.
 """
@@ -36,9 +36,9 @@ import triton
 from titans_kernels.kernels import tiles
 from titans_kernels.kernels.tiles import Schedule, Tile, architecture, using
 
-from .checking import Setting, alive, bound, error, results
-from .journal import Journal, in_short
-from .shapes import Shape
+from ..running.checking import Setting, alive, bound, error, results
+from ..running.journal import Journal, in_short
+from ..running.shapes import Shape
 
 Change = dict[str, Any]  # fields of a tile, and what they become
 
@@ -251,7 +251,7 @@ def write(journal: Journal, device: str, path: Path = Path(tiles.__file__)) -> l
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--chunk", nargs="+", type=int, default=[16, 64])

@@ -21,13 +21,13 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from .cases import Case
-    from .shapes import Shape
+from .cases import Case
+from .providers import runner
+from .shapes import Shape
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -37,14 +37,12 @@ def peak_growth(case: Case, provider: str, shape: Shape, mode: str, threads: int
     if case.device != "cpu":
         return _allocated(case, provider, shape, mode)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.harness", "titans_pytorch"])
+    context.set_forkserver_preload(["benchmarks.running.harness", "titans_pytorch"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_measure, case, provider, shape, mode, threads).result()
 
 
 def _measure(case: Case, provider: str, shape: Shape, mode: str, threads: int) -> int:
-    from .harness import runner
-
     torch.set_num_threads(threads)
     build = case.providers[provider]
 
@@ -63,8 +61,6 @@ def _measure(case: Case, provider: str, shape: Shape, mode: str, threads: int) -
 
 
 def _allocated(case: Case, provider: str, shape: Shape, mode: str) -> int:
-    from .harness import runner
-
     run = runner(case.providers[provider](case.made(shape, shape.T), shape), mode)
     run()
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Pictures of a recorded run: `python -m benchmarks.plots benchmarks/results/<name>.json`
+"""Pictures of a recorded run: `python -m benchmarks.reporting.plots benchmarks/results/<name>.json`
 
 Needs matplotlib (`pip install -e '.[bench]'`).
 """
@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .cases import OURS
-from .harness import Row
-from .model import forward_bytes
-from .shapes import BOTH, FORWARD
+from ..machine_code.model import forward_bytes
+from ..running.cases import OURS
+from ..running.harness import Row
+from ..running.shapes import BOTH, FORWARD
 
 COLOURS = {OURS: ("#1f4e9c", "#5b9bd5"), "SDPA causal": ("#c0504d",)}
 

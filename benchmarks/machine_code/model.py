@@ -1,4 +1,6 @@
-"""What kernels cost on paper, and the time that this predicts: `python -m benchmarks.model`
+"""What kernels cost on paper, and the time that this predicts.
+
+Run `python -m benchmarks.machine_code.model`.
 
 FLOP and bytes of a token and head are those of the passes as they are written, for matrices D by
 hidden, N tokens to a block and chunks of C:
@@ -66,7 +68,8 @@ import torch
 
 from titans_kernels.kernels.tiles import Blocks, Tile, tile
 
-from .shapes import BOTH, FORWARD, Shape
+from .. import RESULTS
+from ..running.shapes import BOTH, FORWARD, Shape
 
 H200_FLOPS, H200_BYTES = 790e12, 4.3e12  # a second
 SMS = 132
@@ -221,9 +224,9 @@ def table(results: Path, mode: str = FORWARD) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     results = parser.parse_args(argv).results
     for mode in COLUMNS:
         print(*table(results, mode), sep="\n")

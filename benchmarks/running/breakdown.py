@@ -14,7 +14,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from .cases import OURS, Case
-from .harness import runner
+from .providers import runner
 from .shapes import Shape
 
 PRODUCTS, PYTHON, DISPATCH = "matrix products", "Python and autograd", "views and allocation"
