@@ -58,6 +58,12 @@ def _through_disk(session):
     return load_session(file, device="cpu")
 
 
+def test_loading_takes_nothing_from_what_torch_may_load():
+    before = set(torch.serialization.get_safe_globals())
+    _through_disk(NeuralMemory(16, heads=2)(torch.randn(1, 5, 16))[1])
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
 def _tokens(*shape, seed=1):
     return torch.randint(1, 37, shape, generator=torch.Generator().manual_seed(seed))
 

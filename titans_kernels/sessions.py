@@ -64,7 +64,9 @@ def load_session(
         file: a path, or a file opened for reading bytes.
         device: where to; None: where it was.
     """
-    with torch.serialization.safe_globals(_caches()):
+    # Those that are safe already stay so: torch forgets all that it is given here.
+    missing = set(_caches()).difference(torch.serialization.get_safe_globals())
+    with torch.serialization.safe_globals(list(missing)):
         session = torch.load(file, map_location=device, weights_only=True)
     return session if device is None else move(session, device)
 
