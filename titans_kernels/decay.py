@@ -40,7 +40,7 @@ def no_weight_decay(model: nn.Module) -> set[str]:
     Returns:
         Names as `model.named_parameters(remove_duplicate=False)` has them.
 
-    Example:
+    Examples:
         >>> from titans_kernels import NeuralMemory, no_weight_decay
         >>> sorted(no_weight_decay(NeuralMemory(64, heads=2)))[:2]
         ['alpha_bias', 'eta_bias']
@@ -65,7 +65,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         model (nn.Module): after sharding, where it is sharded.
         weight_decay (float): of the matrices.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from titans_kernels import NeuralMemory, parameter_groups
         >>> groups = parameter_groups(NeuralMemory(64, heads=2), 0.1)

@@ -122,10 +122,9 @@ def neural_memory(
     may make outputs non-finite from the start of their block on, up to 128 tokens earlier.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit; it names what it got and what it
-        takes.
+        TypeError, ValueError: an argument that does not fit: its name, what it got, what it takes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from titans_kernels import neural_memory
         >>> q, k, v = torch.nn.functional.normalize(torch.randn(3, 1, 100, 2, 8), dim=-1)
@@ -212,10 +211,9 @@ def retrieve(
         o, [B, T, H, D] in q's dtype.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit; it names what it got and what it
-        takes.
+        TypeError, ValueError: an argument that does not fit: its name, what it got, what it takes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from titans_kernels import retrieve
         >>> weights = torch.randn(2, 8, 32) / 8**0.5, torch.randn(2, 32, 8) / 32**0.5

@@ -37,7 +37,7 @@ def save_session(session: Any, file: str | os.PathLike[str] | IO[bytes]) -> None
         session: a state, a cache of transformers, or lists, tuples and dicts of these.
         file: a path, or a file opened for writing bytes.
 
-    Example:
+    Examples:
         >>> import io, torch
         >>> from titans_kernels import NeuralMemory, load_session, save_session
         >>> layer, file = NeuralMemory(16, heads=2), io.BytesIO()

@@ -59,7 +59,7 @@ def warmup(
     Raises:
         TypeError, ValueError, NotImplementedError: sizes that the operators do not take.
 
-    Example:
+    Examples:
         >>> from titans_kernels import warmup
         >>> warmup(heads=6, head_dim=64)  # on a GPU, seconds to minutes, the first time
     """

@@ -37,7 +37,7 @@ class TitansAttention(nn.Module):
             one.
         options: as the block of that variant takes them.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from titans_kernels.adapt import TitansAttention
         >>> layer = TitansAttention(64, num_heads=2, variant="lmm")

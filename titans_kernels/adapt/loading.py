@@ -23,7 +23,7 @@ def restore(model: nn.Module) -> list[str]:
     Raises:
         ValueError: the model was loaded by `from_pretrained`: its attention was never there.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from titans_kernels import replace, restore
         >>> encoder = torch.nn.TransformerEncoderLayer(64, nhead=2)

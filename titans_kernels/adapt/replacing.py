@@ -46,6 +46,9 @@ def replace(
     state dict, build the model, replace again, then `load_state_dict`. `titans_kernels.restore`
     undoes it.
 
+    A model is changed only if nothing is refused. Arguments of a later call that a memory does not
+    understand are refused by name then.
+
     Args:
         where (str | Callable): a pattern such as "model.layers.[13].self_attn" (as file names are
             matched, * for anything), or a function of (name, module).
@@ -68,10 +71,8 @@ def replace(
         ValueError: nothing matches, a module does not say its dim or heads, is cross-attention, or
             does more than attention, such as adding the residual.
         TypeError: a module is not called as attention is.
-        A model is changed only if nothing is refused. Arguments of a later call that a memory does
-        not understand are refused by name then.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from titans_kernels import replace
         >>> encoder = torch.nn.TransformerEncoderLayer(64, nhead=2, batch_first=True)

@@ -117,7 +117,7 @@ class TitansPytorchMemory(nn.Module):
         ValueError, TypeError: an argument that asks for another memory or does not fit; it names
             what it got and what it takes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from titans_kernels.adapt import TitansPytorchMemory as NeuralMemory
         >>> memory = NeuralMemory(64, batch_size=16, mem_model_norm_add_residual=False)

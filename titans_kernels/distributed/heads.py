@@ -57,7 +57,7 @@ class ShardHeads(ParallelStyle):
         ValueError: for heads that the ranks do not divide, or parameters that are sharded already;
             in a call, if ranks differ in options, shapes or dtypes, naming both and what they have.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import torch.distributed as dist
         >>> from torch.distributed.device_mesh import init_device_mesh

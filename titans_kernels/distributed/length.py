@@ -64,7 +64,7 @@ class ShardLength(ParallelStyle):
             were given a state; it names the ranks and what each has.
         RuntimeError: in a call or in backward, if a rank is lost; it names the rank.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import torch.distributed as dist
         >>> from torch.distributed.device_mesh import init_device_mesh

@@ -33,10 +33,10 @@ class TitansLMM(Block[LayerState]):
         dim_head (int | None): width of queries, keys and values. Default: dim / heads.
         n_persistent (int): P, persistent tokens. Default: 0.
         device, dtype: of the parameters.
-        depth, expansion, chunk_size, activation, residual, norm, per_layer_gates, conv_size,
-            max_learning_rate, backend: of the memory, as `NeuralMemory` takes them.
+        **memory: of the memory, as `NeuralMemory` takes them: depth, expansion, chunk_size,
+            activation, residual, norm, per_layer_gates, conv_size, max_learning_rate, backend.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from titans_kernels.layers import TitansLMM
         >>> block = TitansLMM(64, heads=2, n_persistent=4)

@@ -39,10 +39,10 @@ class TitansMAL(Block[HybridState]):
         n_persistent (int): P, persistent tokens. Default: 4.
         rotary (bool): whether attention rotates queries and keys by their distance. Default: True.
         device, dtype: of the parameters.
-        depth, expansion, chunk_size, activation, residual, norm, per_layer_gates, conv_size,
-            max_learning_rate, backend: of the memory, as `NeuralMemory` takes them.
+        **memory: of the memory, as `NeuralMemory` takes them: depth, expansion, chunk_size,
+            activation, residual, norm, per_layer_gates, conv_size, max_learning_rate, backend.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from titans_kernels.layers import TitansMAL
         >>> block = TitansMAL(64, heads=2, window=32)

@@ -93,7 +93,7 @@ class NeuralMemory(Undecayed, Sealing):
     recall sooner, is as stable in the first row, and less so elsewhere: in chunks of 64 a LayerNorm
     weight of 1 reaches 300, and without a LayerNorm the memory diverges.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from titans_kernels import NeuralMemory
         >>> layer = NeuralMemory(64, heads=2)

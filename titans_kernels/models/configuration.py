@@ -41,8 +41,9 @@ class TitansConfig(PreTrainedConfig):
         variant (str): "mac", "mag", "mal" or "lmm": `titans_kernels.layers`.
         segment (int): of "mac"; window (int): of "mag" and "mal"; rotary (bool): of these three.
         n_persistent (int): persistent tokens of a layer.
-        depth, expansion, chunk_size, activation, residual, norm, per_layer_gates, conv_size,
-            max_learning_rate, backend: of the memories, as `NeuralMemory` takes them.
+        depth, expansion, chunk_size, activation, residual, norm: of the memories, as `NeuralMemory`
+            takes them; so are the next four.
+        per_layer_gates, conv_size, max_learning_rate, backend: likewise.
         initializer_range (float | None): deviation of embeddings, head and MLPs at the start.
             Default: hidden_size^-1/2, so that small models start no further from their blocks'
             scale than large ones.
@@ -53,7 +54,7 @@ class TitansConfig(PreTrainedConfig):
         ValueError: for an unknown option, with the nearest name that there is. What a file holds
             besides options, and resembles none, becomes an attribute as everywhere.
 
-    Example:
+    Examples:
         >>> from titans_kernels.models import TitansConfig
         >>> TitansConfig.titans_340m("mag", window=1024).num_hidden_layers
         15
