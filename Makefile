@@ -23,7 +23,7 @@ OWN   := $(VENV)/transformers-tests
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format verify mutants fuzz static machine bench clean
+.PHONY: help demo test test-all check format verify mutants fuzz static machine bench docs clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -102,6 +102,9 @@ machine: $(READY) $(OTHER) ## Execute the kernels' PTX without a GPU (long): doc
 bench: $(READY) ## Time the operators beside their peers
 	$(PY) -m benchmarks
 
+docs: $(READY) ## Build the documentation into site/, with the API reference
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 clean: ## Remove .venv, caches and build products
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,6 +17,12 @@ def read(path: str) -> str:
     return (HERE / path).read_text(encoding="utf-8")
 
 
+def description() -> str:
+    """The README as it stands elsewhere: without pictures and links to files of this repository."""
+    text = re.sub(r"^!\[.*?\]\((?!https:).*?\)\n+", "", read("README.md"), flags=re.MULTILINE)
+    return re.sub(r"\[([^\]]*)\]\((?!https:)[^)]*\)", r"\1", text)
+
+
 version = re.search(r'^__version__ = "(.+)"$', read("titans_kernels/__init__.py"), re.MULTILINE)
 assert version, "titans_kernels/__init__.py has no __version__"
 
@@ -26,12 +32,12 @@ reference_packages = [REFERENCE, *(f"{REFERENCE}.{name}" for name in find_packag
 demo = ["matplotlib", "tqdm"]
 bench = ["matplotlib", "tqdm"]
 hf = ["transformers>=5.23"]  # older releases of 5 call caches and configurations otherwise
-train = ["omegaconf>=2.3", "tqdm", *hf]
+train = ["numpy", "omegaconf>=2.3", "tqdm", *hf]
+docs = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1"]
 dev = [
     "accelerate",  # what transformers' Trainer needs
     "hypothesis",
     "mypy",
-    "ninja",
     "parameterized",  # what transformers' own tests are written with
     "peft",
     "pytest",
@@ -46,8 +52,11 @@ setup(
     name="titans_kernels",
     version=version[1],
     description="Fused kernels for the Titans neural memory, with PyTorch backend and reference",
-    long_description=read("README.md") if (HERE / "README.md").exists() else "",
+    long_description=description(),
     long_description_content_type="text/markdown",
+    author="The titans_kernels authors",
+    keywords=["titans", "neural memory", "test-time training", "triton", "pytorch", "transformers"],
+    project_urls={"Paper": "https://arxiv.org/abs/2501.00663"},
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
@@ -60,7 +69,6 @@ setup(
     include_package_data=False,
     zip_safe=False,
     install_requires=[
-        "numpy",
         "torch>=2.6",
         # Never pinned: every CUDA build of torch pins the triton that it was made with.
         'triton; platform_system == "Linux"',
@@ -68,11 +76,13 @@ setup(
     extras_require={
         "demo": demo,
         "bench": bench,
-        "dev": sorted({*dev, *demo, *bench, *train}),
+        "dev": sorted({*dev, *demo, *bench, *docs, *train}),
+        "docs": docs,
         "hf": hf,
         "train": train,
     },
     classifiers=[
+        "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

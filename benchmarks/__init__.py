@@ -6,7 +6,7 @@
     python -m benchmarks.cluster    a plan for many GPUs, on paper
 
     running/        cases, sizes and providers; the harness that checks, times and measures memory
-    reporting/      tables, plots and the README's figures from recorded results
+    reporting/      tables, plots and the figures of docs/ from recorded results
     machine_code/   what the kernels compile to and a cost model, without a GPU; the tile tuner
     gpu/            the GPU kit
     evidence/       recall tasks

@@ -1,8 +1,13 @@
 """What the documentation shows runs as it stands."""
 
 import doctest
+import importlib
 import inspect
+import os
+import pkgutil
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,32 +31,54 @@ from titans_kernels.layers.block import MemoryOptions
 from titans_kernels.models import TitansConfig
 from titans_kernels.train.config import Config
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+IN_PROCESSES = {"distributed.md"}  # checks_docs.py runs it on four
 
 
-def _blocks():
-    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def _blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
-def test_the_readme_runs():
-    blocks = _blocks()
-    assert len(blocks) >= 2
+def _run(page):
+    """The names that a page's blocks leave behind, run one after another and from nothing."""
     names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), names)
-    assert names["o"].shape == names["answer"].shape == (1, 1000, 6, 64)
-    assert names["token"].shape == (2, 384)
-    assert names["written"].shape == names["more"].shape == (1, 80)
+    for block in _blocks(page):
+        exec(compile(block, str(page), "exec"), names)
+    return names
+
+
+PAGES = [page for page in (README, *sorted(DOCS.rglob("*.md"))) if _blocks(page)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if page.name not in IN_PROCESSES:
+        _run(page)
+
+
+def test_the_readme_is_short_and_runs():
+    assert len(README.read_text().splitlines()) <= 150
+    names = _run(README)
+    assert names["out"].shape == (2, 1000, 384) and names["token"].shape == (2, 384)
+
+
+def test_the_quickstart_returns_what_it_says():
+    names = _run(DOCS / "quickstart.md")
+    assert names["o"].shape == (1, 1000, 6, 64)
+    assert names["token"].shape == names["y_t"].shape == (2, 384)
+    assert names["more"].shape == (1, names["text"].shape[1] + 16)
 
 
 def test_twenty_lines_from_nothing_to_a_model_that_generates():
     """The installation and one block, which needs nothing of those before it."""
-    (block,) = (block for block in _blocks() if "replace(model" in block)
+    block = _blocks(DOCS / "replacing.md")[0]
     assert 1 + len(block.splitlines()) <= 20
-    for part in ("loss.backward()", "optimizer.step()", "model.generate("):
+    for part in ("replace(model", "loss.backward()", "optimizer.step()", "model.generate("):
         assert part in block
     names: dict[str, object] = {}
-    exec(compile(block, str(README), "exec"), names)
+    exec(compile(block, "replacing.md", "exec"), names)
     assert names["written"].shape == (1, 80)
 
 
@@ -89,41 +116,41 @@ def _options(owner):
     return names + (list(MemoryOptions.__annotations__) if "memory" in own else [])
 
 
-def _in_readme(heading):
-    """What the tables of options in a section name in their first column."""
-    section = re.split(r"^## ", README.read_text(), flags=re.MULTILINE)
+def _in_options(heading):
+    """What the tables in a section of the page of options name in their first column."""
+    section = re.split(r"^## ", (DOCS / "options.md").read_text(), flags=re.MULTILINE)
     (text,) = (part for part in section if part.startswith(f"{heading}\n"))
     tables = re.findall(r"^\| option.*\n\|[-|]+\n((?:\|.*\n)+)", text, flags=re.MULTILINE)
     cells = [row.split("|")[1] for table in tables for row in table.splitlines()]
     return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
 
 
-OPERATORS, BLOCKS, MODELS = "Use", "The Titans family", "In your model"
+OPERATORS, LAYERS, MODELS, RUNS = "Operators", "Layers", "Models", "Training runs"
 TABLES = {
     neural_memory: [OPERATORS],
     retrieve: [OPERATORS],
-    NeuralMemory: [BLOCKS],
-    TitansLMM: [BLOCKS],
-    TitansMAC: [BLOCKS],
-    TitansMAG: [BLOCKS],
-    TitansMAL: [BLOCKS],
+    NeuralMemory: [LAYERS],
+    TitansLMM: [LAYERS],
+    TitansMAC: [LAYERS],
+    TitansMAG: [LAYERS],
+    TitansMAL: [LAYERS],
     replace: [MODELS],
     TitansAttention: [MODELS],
-    TitansConfig: [BLOCKS, MODELS],
-    Config: [MODELS],
+    TitansConfig: [LAYERS, MODELS],
+    Config: [RUNS],
 }
 
 
 @pytest.mark.parametrize("owner", TABLES, ids=lambda owner: owner.__name__)
-def test_the_readme_names_every_option(owner):
-    named = set().union(*map(_in_readme, TABLES[owner]))
+def test_the_tables_name_every_option(owner):
+    named = set().union(*map(_in_options, TABLES[owner]))
     assert not [name for name in _options(owner) if name not in named]
 
 
-def test_the_readme_names_no_other_options():
-    for heading in (OPERATORS, BLOCKS, MODELS):
+def test_the_tables_name_no_other_options():
+    for heading in (OPERATORS, LAYERS, MODELS, RUNS):
         owners = [owner for owner, headings in TABLES.items() if heading in headings]
-        assert _in_readme(heading) <= {name for owner in owners for name in _options(owner)}
+        assert _in_options(heading) <= {name for owner in owners for name in _options(owner)}
 
 
 DOCUMENTED = [owner for owner in TABLES if owner is not Config] + [warmup, TitansPytorchMemory]
@@ -135,3 +162,28 @@ def test_docstrings_name_every_option(owner):
     known = ONLY if owner is TitansPytorchMemory else ()
     missing = [name for name in _options(owner) if not re.search(rf"\b{name}\b", text)]
     assert not [name for name in missing if name not in known]
+
+
+# ------------------------------------------------------------------------------- the site
+
+PUBLIC = ["titans_kernels", *(f"titans_kernels.{x}" for x in ("adapt", "distributed", "layers"))]
+PUBLIC += ["titans_kernels.models"]
+
+
+def test_the_reference_has_every_public_name():
+    pages = (DOCS / "reference").glob("*.md")
+    names = [name for page in pages for name in re.findall(r"^::: (\S+)", page.read_text(), re.M)]
+    documented = [pkgutil.resolve_name(":".join(name.rsplit(".", 1))) for name in names]
+    for module in map(importlib.import_module, PUBLIC):
+        missing = [n for n in module.__all__ if getattr(module, n) not in documented]
+        assert not missing, f"{module.__name__}: {missing}"
+
+
+def test_the_site_builds_strictly(tmp_path):
+    """No broken link, no page outside the navigation, no name that is not there."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "reference" / "layers" / "index.html").read_text()
+    assert 'id="titans_kernels.layers.TitansMAC"' in page and "persistent tokens" in page

@@ -1,4 +1,4 @@
-"""The GPU kit, from the first step to the README, on a CPU: tiny, interpreted, saying nothing."""
+"""The GPU kit, from the first step to the page, on a CPU: tiny, interpreted, saying nothing."""
 
 import json
 import os
@@ -11,13 +11,14 @@ from unittest import mock
 
 import pytest
 
+from benchmarks import RESULTS
 from benchmarks.gpu import collect
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.kit import AGAIN, MORE, Kit, Step, program, work
 from benchmarks.gpu.matrix import REHEARSED
 from benchmarks.gpu.stages import METRICS, STAGES, counters
 from benchmarks.machine_code.model import forward_flop
-from benchmarks.reporting import readme
+from benchmarks.reporting import page
 from benchmarks.reporting.plots import draw
 from benchmarks.running.cases import OURS
 from benchmarks.running.harness import Row
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
-    """All stages in a few calls; what came back becomes results and a README."""
+    """All stages in a few calls; what came back becomes results and a page."""
     out = tmp_path / "out"
     assert _call("tests", "verify", "--out", out) == 0
     done = Journal(out / "gpu.jsonl")
@@ -53,17 +54,17 @@ def test_rehearsal(tmp_path):
     assert {row["case"] for row in timed} == set(REHEARSED)
     assert "No module named 'fla'" in str(timed) or "fla" in sys.modules
 
-    page = tmp_path / "README.md"
-    page.write_text("Before\n<!-- GPU figures, x -->\nold\n<!-- end of GPU figures -->\nafter\n")
-    with mock.patch.object(readme, "_on_gpu", lambda run: True):
-        collect.main([str(out), "--out", str(tmp_path / "results"), "--readme", str(page)])
+    copy = tmp_path / "benchmarks.md"
+    copy.write_text("Before\n<!-- GPU figures, x -->\nold\n<!-- end of GPU figures -->\nafter\n")
+    with mock.patch.object(page, "_on_gpu", lambda run: True):
+        collect.main([str(out), "--out", str(tmp_path / "results"), "--page", str(copy)])
     [record] = (tmp_path / "results").glob("*.json")
     text = record.with_suffix(".md").read_text()
     assert all(f"## {stage}" in text for stage in STAGES if stage != "bench")
     assert "## operator" in text and "Tile(" in text
     machine = json.loads(record.read_text())["machine"]
     assert machine["commit"] == "abc1234" and machine["triton"]
-    table = page.read_text()
+    table = copy.read_text()
     assert table.startswith("Before\n") and table.endswith("after\n") and "old" not in table
     assert "| operator, forward |" in table and "abc1234" in table
 
@@ -77,10 +78,10 @@ def _call(*arguments):
     return done.returncode
 
 
-def test_readme_says_what_was_recorded():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.BLOCK.search(text)
-    assert readme.refreshed(text, ROOT / "benchmarks" / "results") == text
+def test_the_documentation_says_what_was_recorded():
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.BLOCK.search(text)
+    assert page.refreshed(text, RESULTS) == text
 
 
 # ----------------------------------------------------------------------------- how steps are worked

@@ -14,7 +14,9 @@ import pytest
 import titans_kernels
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "titans_kernels", "reference")
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "mkdocs.yml", "LICENSE")
+FILES += ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff")
+FOLDERS = ("titans_kernels", "reference", "tests", "benchmarks", "docs", ".ci")
 
 
 def _python(*arguments, cwd, path=ROOT):
@@ -30,12 +32,10 @@ def _python(*arguments, cwd, path=ROOT):
 def checkout(tmp_path_factory):
     """A copy of the sources alone, so that building leaves nothing behind in the repository."""
     copy = tmp_path_factory.mktemp("checkout")
-    for source in filter(Path.exists, (ROOT / name for name in SOURCES)):
-        if source.is_dir():
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source, copy / source.name, ignore=ignored)
-        else:
-            shutil.copy(source, copy)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
+        shutil.copy(ROOT / name, copy)
     return copy
 
 
@@ -90,13 +90,14 @@ print(time.perf_counter() - start)
     assert seconds < 1, f"import titans_kernels took {seconds:.2f} s beyond torch"
 
 
-def test_works_without_triton(tmp_path):
+def test_works_without_triton_and_numpy(tmp_path):
     code = """
 import sys
-sys.modules["triton"] = None  # every import of it raises ModuleNotFoundError
+sys.modules["triton"] = sys.modules["numpy"] = None  # every import raises ModuleNotFoundError
 import torch
-from titans_kernels import retrieve, verify
+from titans_kernels import NeuralMemory, retrieve, verify
 assert retrieve(torch.ones(1, 2, 1, 4), (torch.zeros(1, 4, 4),)).sum() == 8
+NeuralMemory(8, heads=2)(torch.randn(1, 40, 8))[0].sum().backward()
 print(verify.environment("cpu"))
 """
     assert "triton not installed" in _python("-c", code, cwd=tmp_path)
@@ -113,18 +114,31 @@ def test_wheel_contents(wheel):
     assert wheel.name == f"titans_kernels-{titans_kernels.__version__}-py3-none-any.whl"
     [triton] = (line for line in text.splitlines() if line.startswith("Requires-Dist: triton"))
     assert triton.split(";")[0] == "Requires-Dist: triton", "a pin would fight torch's own"
+    description = text.split("\n\n", 1)[1]
+    assert (
+        description.startswith("# titans_kernels") and "pip install titans_kernels" in description
+    )
+    targets = re.findall(r"\]\(([^)]*)\)", description)
+    assert targets and all(target.startswith("https://") for target in targets)
 
 
 def test_sdist_contents(checkout, tmp_path):
+    """All that a checkout has: tests, reference, benchmarks and documentation too."""
     _python("setup.py", "--quiet", "sdist", "--dist-dir", tmp_path, cwd=checkout)
     [path] = tmp_path.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {file.name.split("/", 1)[-1] for file in archive if file.isfile()}
-    wanted = _modules(ROOT / "titans_kernels", "titans_kernels")
-    wanted |= _modules(ROOT / "reference", "reference")
-    wanted |= {"titans_kernels/py.typed", "setup.py", "pyproject.toml", "LICENSE", "README.md"}
+    found = (path for folder in FOLDERS for path in (checkout / folder).rglob("*"))
+    wanted = {path.relative_to(checkout).as_posix() for path in found if path.is_file()}
     made = {name for name in names if name.startswith("titans_kernels.egg-info/")}
-    assert names - made == wanted | {"PKG-INFO", "setup.cfg"}
+    wanted -= {name for name in wanted if name.endswith(".pyc")}
+    assert names - made == wanted | set(FILES) | {"PKG-INFO", "setup.cfg"}
+
+
+def test_one_version():
+    version = titans_kernels.__version__
+    assert re.search(rf"^## \[{version}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_verify_from_a_wheel(wheel, tmp_path):

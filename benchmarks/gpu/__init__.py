@@ -16,7 +16,7 @@ peers may be brought as wheels (`--wheels DIR`). At home,
 
     python -m benchmarks.gpu.collect DIR
 
-makes benchmarks/results/<device>-<date>.{json,md,png} of it and brings the README up to date;
+makes benchmarks/results/<device>-<date>.{json,md,png} of it and updates docs/benchmarks.md;
 `--tiles` puts the tiles that were found into the table that ships. `--rehearse` goes through all of
 it on a CPU, tiny and interpreted, which shows that it works and says nothing about a GPU.
 """

@@ -1,4 +1,4 @@
-"""At home: what came back, as results and in the README: `python -m benchmarks.gpu.collect DIR`"""
+"""At home: what came back, as results and on their page: `python -m benchmarks.gpu.collect DIR`"""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import RESULTS, ROOT
+from .. import RESULTS
 from ..machine_code import tune
-from ..reporting import readme, report
+from ..reporting import page, report
 from ..running.harness import Row as Timed
 from ..running.journal import Journal, Row
 from ..running.machine import Machine
 from .matrix import cases
 from .stages import STAGES
-
-README = ROOT / "README.md"
 
 
 def gather(folder: Path) -> tuple[report.Report, Journal]:
@@ -82,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.collect", description=__doc__)
     parser.add_argument("folder", type=Path, help="with the journals that came back")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder (default: {RESULTS})")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--page", type=Path, default=page.PAGE)
     parser.add_argument("--tiles", action="store_true", help="put tuned tiles into the table")
     options = parser.parse_args(argv)
 
@@ -95,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as missing:
         print(f"no plots: {missing.name} is not installed")
     print(*files, sep="\n")
-    if readme.refresh(options.readme, options.out):
-        print(options.readme)
+    if page.refresh(options.page, options.out):
+        print(options.page)
     if options.tiles:
         print(*tune.write(journal, run.machine.device), sep="\n")
     return 0

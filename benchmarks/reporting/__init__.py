@@ -1,1 +1,1 @@
-"""A recorded run as tables (report.py), plots (plots.py) and the README's figures (readme.py)."""
+"""A recorded run as tables (report.py), plots (plots.py) and the figures in docs/ (page.py)."""

@@ -1,6 +1,6 @@
-"""The README's table of GPU figures, from recorded results alone.
+"""The documentation's table of GPU figures, from recorded results alone.
 
-Run `python -m benchmarks.reporting.readme`.
+Run `python -m benchmarks.reporting.page`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from .. import RESULTS, ROOT
 from ..running.cases import OURS
 from ..running.harness import Row
 
+PAGE = ROOT / "docs" / "benchmarks.md"
 BLOCK = re.compile(r"(<!-- GPU figures, .*? -->\n)(.*?)(<!-- end of GPU figures -->)", re.DOTALL)
 
 
@@ -62,26 +63,26 @@ def table(path: Path) -> list[str]:
 
 
 def path_in(path: Path) -> str:
-    """Of the run's Markdown, as a link from the README."""
-    return os.path.relpath(path.with_suffix(".md"), ROOT).replace(os.sep, "/")
+    """Of the run's Markdown, as a link from the page."""
+    return os.path.relpath(path.with_suffix(".md"), PAGE.parent).replace(os.sep, "/")
 
 
 def refreshed(text: str, results: Path) -> str:
-    """The README with the block between its two comments as it has to be."""
+    """The page with the block between its two comments as it has to be."""
     run = newest(results)
     lines = ["No GPU figures yet."] if run is None else table(run)
     return BLOCK.sub(lambda block: block[1] + "\n".join(lines) + "\n" + block[3], text)
 
 
-def refresh(readme: Path, results: Path) -> bool:
+def refresh(page: Path, results: Path) -> bool:
     """Whether anything changed."""
-    before = readme.read_text(encoding="utf-8")
+    before = page.read_text(encoding="utf-8")
     after = refreshed(before, results)
-    readme.write_text(after, encoding="utf-8")
+    page.write_text(after, encoding="utf-8")
     return before != after
 
 
 if __name__ == "__main__":
-    changed = refresh(ROOT / "README.md", RESULTS)
+    changed = refresh(PAGE, RESULTS)
     print("refreshed" if changed else "nothing to do")
     sys.exit(0)
