@@ -5,7 +5,9 @@ import itertools
 import torch
 
 from reference import blocks
-from titans_kernels.layers import TitansLMM, TitansMAC, TitansMAG, TitansMAL
+from reference.tnt import tnt
+from titans_kernels.layers import TitansLMM, TitansMAC, TitansMAG, TitansMAL, TitansTNT
+from titans_kernels.layers.learner import Learner
 
 SMALL = {"heads": 2, "dim_head": 4, "expansion": 2, "chunk_size": 4, "dtype": torch.float64}
 BLOCKS = {
@@ -13,6 +15,10 @@ BLOCKS = {
     "MAC": (TitansMAC, {"n_persistent": 3, "segment": 6}),
     "MAG": (TitansMAG, {"n_persistent": 3, "window": 5}),
     "MAL": (TitansMAL, {"n_persistent": 3, "window": 5}),
+    "TNT": (
+        TitansTNT,
+        {"n_persistent": 3, "global_chunk": 5, "local_chunks": (4, 3), "reset_every": 10},
+    ),
 }
 
 
@@ -20,17 +26,24 @@ def make_block(name, dim=6, **options):
     """A block of that name, every parameter off its initial value, so that each of them matters."""
     torch.manual_seed(0)
     kind, own = BLOCKS[name]
-    block = kind(dim, **(SMALL | own | options))
+    options = SMALL | own | options
+    if "local_chunks" in options:
+        del options["chunk_size"]
+    block = kind(dim, **options)
     with torch.no_grad():
         for name, p in block.named_parameters():
             if p.dim() == 1 or "norm" in name:
                 p.add_(0.2 * torch.randn_like(p))
-        block.memory.alpha_bias.add_(4)
+        for part in block.modules():
+            if isinstance(part, Learner):
+                part.alpha_bias.add_(4)
     return block
 
 
 def twin(name, block, x):
     """What the reference makes of one sequence [T, dim]."""
+    if name == "TNT":
+        return twin_of_tnt(block, x)[0]
     p = dict(block.named_parameters())
     memory = block.memory
     options = blocks.Options(
@@ -46,6 +59,15 @@ def twin(name, block, x):
         return blocks.mac(x, p, block.segment, options)
     run = blocks.mag if name == "MAG" else blocks.mal
     return run(x, p, block.attention.window, options)
+
+
+def twin_of_tnt(block, x):
+    """The same, and the states of its memories."""
+    p, memory = dict(block.named_parameters()), block.memory
+    options = blocks.Options(
+        memory.global_chunk, memory.activation, memory.residual, memory.max_learning_rate
+    )
+    return tnt(x, p, memory.local_chunks, memory.reset_every, memory.project, options)
 
 
 def randn(*shape, seed=1, dtype=torch.float64):

@@ -52,6 +52,25 @@ CASES = {
     "MAL, a window that ends among persistent tokens": ("MAL", {"n_persistent": 7}, [9]),
     "MAL without persistent tokens or rotation": ("MAL", {"n_persistent": 0, "rotary": False}, [9]),
     "MAL packed": ("MAL", {}, [5, 0, 1, 13]),
+    "TNT as it comes": ("TNT", {}, [22]),
+    "TNT, projected onto its chunk": ("TNT", {"project": "chunk"}, [22]),
+    "TNT, not projected, gates per layer": (
+        "TNT",
+        {"project": None, "per_layer_gates": True, "depth": 3, "activation": "silu"},
+        [13],
+    ),
+    "TNT, one memory, a reset for every chunk": (
+        "TNT",
+        {"local_chunks": (4,), "reset_every": 4, "n_persistent": 0, "depth": 1, "norm": False},
+        [13],
+    ),
+    "TNT, a chunk of everything, no reset": (
+        "TNT",
+        {"local_chunks": (32,), "reset_every": 40, "global_chunk": 32, "conv_size": None},
+        [13],
+    ),
+    "TNT, several blocks of a projection": ("TNT", {"reset_every": 150}, [160]),
+    "TNT packed": ("TNT", {"n_persistent": 0}, [5, 0, 1, 23]),
 }
 
 

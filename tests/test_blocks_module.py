@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from titans_kernels import NeuralMemory
-from titans_kernels.layers import TitansLMM, TitansMAC, TitansMAG, TitansMAL
+from titans_kernels.layers import TitansLMM, TitansMAC, TitansMAG, TitansMAL, TitansTNT
 from titans_kernels.layers.attention import WindowAttention
 from titans_kernels.layers.block import Gate
 
@@ -23,12 +23,16 @@ every_block = pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("P", [0, 5])
 def test_parameter_count_is_the_formula(name, P):
     dim, heads, dim_head = 12, 3, 6
-    block = BLOCKS[name][0](dim, heads=heads, dim_head=dim_head, n_persistent=P)
+    options = {"local_chunks": (16, 16)} if name == "TNT" else {}
+    block = BLOCKS[name][0](dim, heads=heads, dim_head=dim_head, n_persistent=P, **options)
     expected = sum(
         p.numel() for p in NeuralMemory(dim, heads=heads, dim_head=dim_head).parameters()
     )
     expected += P * dim
-    expected += 0 if name == "LMM" else 4 * dim * heads * dim_head
+    expected += 0 if name in ("LMM", "TNT") else 4 * dim * heads * dim_head
+    if name == "TNT":  # 2 local memories
+        inner = heads * dim_head
+        expected += 2 * (3 * heads * (dim + 1) + 8 * dim_head * inner + 2 * inner)
     expected += 2 * dim if name in ("MAC", "MAG") else 0
     assert sum(p.numel() for p in block.parameters()) == expected
 
@@ -88,7 +92,7 @@ def test_meta_device_then_initialised_as_ever(name):
         module.reset_parameters()
     for (key, p), expected in zip(meta.named_parameters(), block.parameters(), strict=True):
         assert torch.equal(p, expected), key
-        if key.startswith("gate."):
+        if key.startswith("gate.") or key.endswith("_bias"):
             assert p._no_weight_decay
     out, _ = meta(randn(1, 9, 16).float())
     assert out.isfinite().all()
@@ -151,6 +155,44 @@ OPTIONS = [
     (TitansLMM, {"window": 8}, TypeError, "'window'"),
     (TitansMAG, {"segment": 8}, TypeError, "'segment'"),
     (TitansMAL, {"dim_heads": 4}, TypeError, "'dim_heads'"),
+    (TitansTNT, {"local_chunks": ()}, TypeError, "local_chunks: got none, takes a tuple of at"),
+    (TitansTNT, {"local_chunks": 16}, TypeError, "local_chunks: got 16, takes a tuple of at least"),
+    (TitansTNT, {"local_chunks": (4, 0)}, ValueError, "local_chunks[1]: got 0, takes an int of at"),
+    (TitansTNT, {"local_chunks": (True,)}, TypeError, "local_chunks[0]: got True, takes an int of"),
+    (
+        TitansTNT,
+        {"local_chunks": (10**9,)},
+        ValueError,
+        "local_chunks[0]: got 1000000000, takes",
+    ),
+    (TitansTNT, {"global_chunk": 10**9}, ValueError, "global_chunk: got 1000000000, takes at most"),
+    (TitansTNT, {"global_chunk": None}, TypeError, "global_chunk: got None, takes an int of at"),
+    (TitansTNT, {"reset_every": 0}, ValueError, "reset_every: got 0, takes an int of at least 1"),
+    (
+        TitansTNT,
+        {"reset_every": None},
+        TypeError,
+        "reset_every: got None, takes an int of",
+    ),
+    (
+        TitansTNT,
+        {"reset_every": True},
+        TypeError,
+        "reset_every: got True, takes an int of",
+    ),
+    (
+        TitansTNT,
+        {"project": "all"},
+        ValueError,
+        "project: got 'all', takes one of 'shard', 'chunk",
+    ),
+    (TitansTNT, {"chunk_size": 16}, TypeError, "chunk_size: got 16, takes global_chunk beside"),
+    (
+        TitansMAG,
+        {"reset_every": 16},
+        TypeError,
+        "reset_every: got 16, takes local_chunks beside",
+    ),
 ]
 
 

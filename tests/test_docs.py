@@ -26,7 +26,7 @@ import titans_kernels.models.configuration
 from titans_kernels import NeuralMemory, neural_memory, replace, retrieve, warmup
 from titans_kernels.adapt import TitansAttention, TitansPytorchMemory
 from titans_kernels.adapt.titans_pytorch import ONLY
-from titans_kernels.layers import TitansLMM, TitansMAC, TitansMAG, TitansMAL
+from titans_kernels.layers import TitansLMM, TitansMAC, TitansMAG, TitansMAL, TitansTNT
 from titans_kernels.layers.block import MemoryOptions
 from titans_kernels.models import TitansConfig
 from titans_kernels.train.config import Config
@@ -89,6 +89,7 @@ MODULES = [
     titans_kernels.layers.mac,
     titans_kernels.layers.mag,
     titans_kernels.layers.mal,
+    titans_kernels.layers.tnt,
     titans_kernels.adapt.attention,
     titans_kernels.adapt.replacing,
     titans_kernels.adapt.titans_pytorch,
@@ -134,6 +135,7 @@ TABLES = {
     TitansMAC: [LAYERS],
     TitansMAG: [LAYERS],
     TitansMAL: [LAYERS],
+    TitansTNT: [LAYERS],
     replace: [MODELS],
     TitansAttention: [MODELS],
     TitansConfig: [LAYERS, MODELS],

@@ -63,6 +63,37 @@ def restart(
     )
 
 
+class Runs(NamedTuple):
+    """Runs of tokens from one border to the next; those of a sequence follow one another."""
+
+    n: Tensor  # [R] its sequence
+    begin: Tensor  # [R] its first token, counted from the first of its sequence
+    end: Tensor  # [R]
+    opens: Tensor  # [R] bool, whether it is its sequence's first: it goes on with what had begun
+    last: Tensor  # [N] the last run of every sequence
+    position: Tensor  # [N] tokens in it, those before the call included
+
+
+def split(new: Tensor, position: Tensor, every: int, most: int) -> Runs:
+    """Sequences with a border after every so many tokens, as runs without one.
+
+    Args:
+        new: [N] int64, their tokens.
+        position: [N] int64, tokens since their last border, 0 to `every`: there the first run is
+            empty, as is the only one of a sequence without tokens.
+        most: as many runs as there may be; those too many are empty.
+    """
+    N = len(new)
+    count = ((position + new + every - 1) // every).clamp(min=1)  # [N] runs
+    stop = count.cumsum(0)
+    row = torch.arange(most, device=new.device)
+    n = torch.searchsorted(stop, row, right=True).clamp(max=N - 1)
+    nth = row - (stop - count)[n]  # the run's place in its sequence
+    begins, left = (nth * every - position[n]).clamp(min=0), new[n]
+    begin, end = begins.minimum(left), (nth * every + every - position[n]).minimum(left)
+    return Runs(n, begin, end, nth == 0, stop - 1, position + new - (count - 1) * every)
+
+
 def shard(
     packed: Packed,
     weights: tuple[Tensor, ...],
@@ -72,31 +103,25 @@ def shard(
     reset_every: int,
 ) -> Shards:
     """Every sequence as its shards: the first goes on from the state, later ones from `weights`."""
-    S, tail = reset_every, packed.tail
+    tail = packed.tail
     N, first = len(tail), packed.bounds[:, 0] + tail  # its first new token
     new = packed.bounds[:, 1] - first
     position = torch.zeros_like(tail) if state is None else state.position
     assert position is not None
     position = position.to(torch.int64)
-    count = ((position + new + S - 1) // S).clamp(min=1)  # [N] shards
-    stop = count.cumsum(0)
-
-    row = torch.arange(_most(N, T, position, state is None, cu_seqlens, S), device=tail.device)
-    n = torch.searchsorted(stop, row, right=True).clamp(max=N - 1)
-    nth = row - (stop - count)[n]  # the shard's place in its sequence
-    begins, left = (nth * S - position[n]).clamp(min=0), new[n]
-    begin, end = begins.minimum(left), (nth * S + S - position[n]).minimum(left)
-    opens = nth == 0
+    most = most_runs(N, T, position, state is None, cu_seqlens, reset_every)
+    runs = split(new, position, reset_every, most)
+    n, opens = runs.n, runs.opens
     tails = tail[n].where(opens, 0)
-    bounds = torch.stack([first[n] + begin - tails, first[n] + end], 1)
+    bounds = torch.stack([first[n] + runs.begin - tails, first[n] + runs.end], 1)
     packed = packed._replace(
         weights=_first_or(packed.weights, weights, n, opens, state is None),
         momentum=_first_or(packed.momentum, None, n, opens, state is None),
         bounds=bounds,
         tail=tails,
-        ask=packed.ask[n] + begin,
+        ask=packed.ask[n] + runs.begin,
     )
-    return Shards(packed, stop - 1, (position + new - (count - 1) * S).to(torch.int32))
+    return Shards(packed, runs.last, runs.position.to(torch.int32))
 
 
 def _first_or(
@@ -116,8 +141,10 @@ def _first_or(
     return out
 
 
-def _most(N: int, T: int, position: Tensor, fresh: bool, cu_seqlens: Tensor | None, S: int) -> int:
-    """Shards of N sequences, of T tokens each without cu_seqlens: as many as may be."""
+def most_runs(
+    N: int, T: int, position: Tensor, fresh: bool, cu_seqlens: Tensor | None, S: int
+) -> int:
+    """Runs of N sequences, of T tokens each without cu_seqlens: as many as may be."""
     if fresh and cu_seqlens is None:
         return N * torch.sym_max(1, (T + S - 1) // S)
     if known(position) and (cu_seqlens is None or known(cu_seqlens)):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..layers import checking
-from ..layers.neural_memory import MemoryWeights
+from ..layers.learner import MemoryWeights
 from ..memory import neural_memory, retrieve
 from ..state import MemoryState
 from .titans_pytorch_table import ELSEWHERE, ONLY, refuse_name, refuse_others

@@ -16,6 +16,7 @@ from ..layers import NeuralMemory, TitansLMM, TitansMAC, TitansMAG, TitansMAL
 from ..layers.attention import WindowAttention
 from ..layers.block import Block
 from ..layers.convolution import last_inputs
+from ..layers.learner import Schedule
 from ..layers.sealing import unsealed
 from ..layers.state import ContextState, LayerState, WindowState, concatenate
 from ..state import MemoryState
@@ -142,9 +143,10 @@ class _Memory(_Linked, NeuralMemory):
         norm: tuple[Tensor, Tensor] | None,
         state: MemoryState | None,
         cu_seqlens: Tensor | None,
+        schedule: Schedule,
     ) -> tuple[Tensor, MemoryState]:
         if not self._relay.open:
-            return super()._learn(tokens, weights, norm, state, cu_seqlens)
+            return super()._learn(tokens, weights, norm, state, cu_seqlens, schedule)
         line, q = self._relay.line, tokens[0]
         N = _sequences(q, cu_seqlens)
         count = choose(self._pieces, line.count, N * self.heads, q.device)
@@ -152,7 +154,7 @@ class _Memory(_Linked, NeuralMemory):
             nothing = tuple(x[:, :0] for x in tokens)
             nowhere = None if cu_seqlens is None else torch.zeros_like(cu_seqlens)
             with torch.no_grad():
-                _, state = super()._learn(nothing, weights, norm, None, nowhere)
+                _, state = super()._learn(nothing, weights, norm, None, nowhere, schedule)
 
         def learn(piece: Piece) -> tuple[Tensor, MemoryState]:
             before = state and self._relay.receive(piece.of_state(state))
@@ -162,6 +164,7 @@ class _Memory(_Linked, NeuralMemory):
                 norm and (norm[0][piece.heads], norm[1][piece.heads]),
                 before,
                 cu_seqlens,
+                schedule,
             )
             self._relay.send(after)
             return o, after

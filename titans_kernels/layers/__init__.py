@@ -5,16 +5,27 @@ from .mac import TitansMAC
 from .mag import TitansMAG
 from .mal import TitansMAL
 from .neural_memory import NeuralMemory
-from .state import ContextState, HybridState, LayerState, WindowState
+from .state import (
+    ContextState,
+    HybridState,
+    LayerState,
+    ProjectionState,
+    TNTState,
+    WindowState,
+)
+from .tnt import TitansTNT
 
 __all__ = [
     "ContextState",
     "HybridState",
     "LayerState",
     "NeuralMemory",
+    "ProjectionState",
+    "TNTState",
     "TitansLMM",
     "TitansMAC",
     "TitansMAG",
     "TitansMAL",
+    "TitansTNT",
     "WindowState",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Generic, TypedDict, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..decay import Undecayed
 from . import checking
+from .local import TNTMemory
 from .neural_memory import NeuralMemory
 from .numeric import unit, wide
 from .sealing import Sealing, unsealed
@@ -36,6 +38,25 @@ class MemoryOptions(TypedDict, total=False):
     backend: str
 
 
+class BlockOptions(MemoryOptions, total=False):
+    """Those, or with local_chunks those of the memories of `TitansTNT`."""
+
+    global_chunk: int
+    local_chunks: Sequence[int]
+    reset_every: int
+    project: str | None
+
+
+def make_memory(dim: int, **options: Any) -> NeuralMemory:
+    """The memory of a block: with local_chunks a `TNTMemory`, else a `NeuralMemory`."""
+    if "local_chunks" in options:
+        return TNTMemory(dim, **options)
+    for name in ("global_chunk", "reset_every", "project"):
+        if name in options:
+            raise TypeError(f"{name}: got {options[name]!r}, takes local_chunks beside it")
+    return NeuralMemory(dim, **options)
+
+
 class Block(Sealing, Generic[S]):
     """A memory and persistent tokens [n_persistent, dim], learned, the same for every input.
 
@@ -54,11 +75,11 @@ class Block(Sealing, Generic[S]):
         *,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
-        **memory: Unpack[MemoryOptions],
+        **memory: Unpack[BlockOptions],
     ) -> None:
         super().__init__()
         checks.integer("n_persistent", n_persistent, 0)
-        self.memory = NeuralMemory(
+        self.memory = make_memory(
             dim, heads=heads, dim_head=dim_head, device=device, dtype=dtype, **memory
         )
         self.dim, self.heads, self.dim_head = dim, heads, self.memory.dim_head

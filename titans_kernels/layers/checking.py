@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .state import LayerState
+from .state import ProjectionState
 
 
 def state_rows(name: str, value: Any) -> None:
@@ -73,35 +73,38 @@ def packing(x: Tensor, cu_seqlens: Any) -> None:
     checks.cu_seqlens(cu_seqlens, x)
 
 
-def state(
-    value: Any,
-    q: Tensor,
-    sequences: int,
-    shapes: list[tuple[int, ...]],
-    gate_rank: int,
-    chunk_size: int,
-    history: int | None,
-) -> None:
-    """A state of that many sequences; `history` is how many inputs a convolution keeps."""
-    if not isinstance(value, LayerState):
-        raise TypeError(f"state: got {type(value).__name__}, takes a LayerState or None")
-    checks.state("state.memory", value.memory, q, shapes, sequences, gate_rank)
-    if value.memory.chunk_size != chunk_size:
-        raise ValueError(
-            f"state.memory: got chunks of {value.memory.chunk_size} tokens, "
-            f"takes chunk_size = {chunk_size}"
-        )
-    count = 0 if history is None else 3
-    if not isinstance(value.convolution, tuple) or len(value.convolution) != count:
-        got = len(value.convolution) if isinstance(value.convolution, tuple) else value.convolution
+def convolution(value: Any, q: Tensor, sequences: int, size: int) -> None:
+    """What the convolutions of a layer, of so many taps, keep of q, k and v; of 0 nothing."""
+    count = 3 if size else 0
+    if not isinstance(value, tuple) or len(value) != count:
+        got = len(value) if isinstance(value, tuple) else value
         raise ValueError(f"state.convolution: got {got}, takes a tuple of {count} tensors")
-    for i, x in enumerate(value.convolution):
+    for i, x in enumerate(value):
         name = f"state.convolution[{i}]"
         checks.floating(name, x, q)
-        takes = (sequences, history or 0, q.shape[2] * q.shape[3])
+        takes = (sequences, size - 1, q.shape[2] * q.shape[3])
         checks.shape(name, x, takes, "[N, conv_size - 1, heads * dim_head]")
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: got dtype {x.dtype}, takes that of q, {q.dtype}")
+
+
+def entries(name: str, value: Any, count: int) -> None:
+    if not isinstance(value, tuple) or len(value) != count:
+        got = len(value) if isinstance(value, tuple) else type(value).__name__
+        raise ValueError(f"{name}: got {got}, takes a tuple of {count}")
+
+
+def projection(name: str, value: Any, q: Tensor, sequences: int, reset_every: int) -> None:
+    """Where the projection of q [B, T, H, D] goes on."""
+    if not isinstance(value, ProjectionState):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes a ProjectionState")
+    x, (H, D) = value.projection, q.shape[2:]
+    checks.floating(f"{name}.projection", x, q)
+    checks.shape(f"{name}.projection", x, (sequences, H, D, D), "[N, H, D, D]")
+    takes = torch.promote_types(q.dtype, torch.float32)
+    if x.dtype != takes:
+        raise TypeError(f"{name}.projection: got dtype {x.dtype}, takes {takes}")
+    lengths(f"{name}.position", value.position, sequences, reset_every, q)
 
 
 def held(name: str, x: Any, takes: tuple[int, ...], meaning: str, like: Tensor) -> None:

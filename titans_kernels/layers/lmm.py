@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .block import Block, MemoryOptions
+from .block import Block, BlockOptions
 from .state import LayerState
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class TitansLMM(Block[LayerState]):
         device, dtype: of the parameters.
         **memory: of the memory, as `NeuralMemory` takes them: depth, expansion, chunk_size,
             activation, residual, norm, per_layer_gates, conv_size, max_learning_rate, backend.
+            With local_chunks it is that of `TitansTNT`, and takes global_chunk, reset_every and
+            project beside it.
 
     Examples:
         >>> import torch
@@ -57,9 +59,10 @@ class TitansLMM(Block[LayerState]):
         n_persistent: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **memory: Unpack[MemoryOptions],
+        **memory: Unpack[BlockOptions],
     ) -> None:
         super().__init__(dim, heads, dim_head, n_persistent, device=device, dtype=dtype, **memory)
+        self.state_type = self.memory.state_type
 
     def _read(
         self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from . import checking
 from .attention import SegmentAttention
-from .block import Block, Gate, MemoryOptions
-from .state import ContextState, LayerState, choose, concatenate, divide
+from .block import Block, BlockOptions, Gate
+from .state import ContextState, choose, concatenate, divide
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,6 +62,8 @@ class TitansMAC(Block[ContextState]):
         device, dtype: of the parameters.
         **memory: of the memory, as `NeuralMemory` takes them: depth, expansion, chunk_size,
             activation, residual, norm, per_layer_gates, conv_size, max_learning_rate, backend.
+            With local_chunks it is that of `TitansTNT`, and takes global_chunk, reset_every and
+            project beside it.
 
     Examples:
         >>> import torch
@@ -85,7 +88,7 @@ class TitansMAC(Block[ContextState]):
         rotary: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **memory: Unpack[MemoryOptions],
+        **memory: Unpack[BlockOptions],
     ) -> None:
         super().__init__(dim, heads, dim_head, n_persistent, device=device, dtype=dtype, **memory)
         checking.state_rows("segment", segment)
@@ -163,7 +166,7 @@ class TitansMAC(Block[ContextState]):
         length = state.length + n
         full = length == self.segment
         # The next segment asks what this one has learned; its questions follow on this one's.
-        past = LayerState(choose(full, memory.memory, past.memory), past.convolution)
+        past = dataclasses.replace(choose(full, memory, past), convolution=past.convolution)
         keys, values = (z.masked_fill(full.view(-1, 1, 1, 1), 0) for z in (keys, values))
         length = length.masked_fill(full, 0)
         return self.gate(y, m), ContextState(memory, past, keys, values, length)

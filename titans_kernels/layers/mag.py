@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checking
 from .attention import WindowAttention
-from .block import Block, Gate, MemoryOptions, repeat
+from .block import Block, BlockOptions, Gate, repeat
 from .state import HybridState
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class TitansMAG(Block[HybridState]):
         device, dtype: of the parameters.
         **memory: of the memory, as `NeuralMemory` takes them: depth, expansion, chunk_size,
             activation, residual, norm, per_layer_gates, conv_size, max_learning_rate, backend.
+            With local_chunks it is that of `TitansTNT`, and takes global_chunk, reset_every and
+            project beside it.
 
     Examples:
         >>> import torch
@@ -66,7 +68,7 @@ class TitansMAG(Block[HybridState]):
         rotary: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **memory: Unpack[MemoryOptions],
+        **memory: Unpack[BlockOptions],
     ) -> None:
         super().__init__(dim, heads, dim_head, n_persistent, device=device, dtype=dtype, **memory)
         checking.state_rows("window", window)

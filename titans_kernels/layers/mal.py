@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checking
 from .attention import WindowAttention
-from .block import Block, MemoryOptions
+from .block import Block, BlockOptions
 from .state import HybridState
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class TitansMAL(Block[HybridState]):
         device, dtype: of the parameters.
         **memory: of the memory, as `NeuralMemory` takes them: depth, expansion, chunk_size,
             activation, residual, norm, per_layer_gates, conv_size, max_learning_rate, backend.
+            With local_chunks it is that of `TitansTNT`, and takes global_chunk, reset_every and
+            project beside it.
 
     Examples:
         >>> import torch
@@ -65,7 +67,7 @@ class TitansMAL(Block[HybridState]):
         rotary: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **memory: Unpack[MemoryOptions],
+        **memory: Unpack[BlockOptions],
     ) -> None:
         super().__init__(dim, heads, dim_head, n_persistent, device=device, dtype=dtype, **memory)
         checking.state_rows("window", window)

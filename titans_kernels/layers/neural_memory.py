@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..decay import Undecayed
 from ..memory import neural_memory, retrieve
 from ..state import MemoryState
 from . import checking
 from .convolution import ShortConvolution, convolve
+from .learner import Learner, Norm, Schedule
 from .numeric import unit, wide
 from .sealing import Sealing, unsealed
 from .state import LayerState
 
 
-class MemoryWeights(nn.ParameterList):
-    """M_0, read by calling it as every weight is: hooks that fetch weights run on calls alone."""
-
-    __call__ = nn.Module.__call__
-
-    def forward(self) -> tuple[Tensor, ...]:
-        return tuple(self)
-
-
-class NeuralMemory(Undecayed, Sealing):
+class NeuralMemory(Learner, Sealing):
     """Titans' neural memory between its projections: [B, T, dim] -> [B, T, dim].
 
         x --+-- q_proj, k_proj, v_proj -- convolutions -- SiLU -- unit length --+-- q, k, v
@@ -103,7 +95,9 @@ class NeuralMemory(Undecayed, Sealing):
         (torch.Size([1, 64]), tensor([5], dtype=torch.int32))
     """
 
-    undecayed = ("theta_bias", "alpha_bias", "eta_bias", "norm_weight", "norm_bias", "out_norm")
+    undecayed = (*Learner.undecayed, "out_norm")
+    state_type: type[LayerState] = LayerState
+    _chunk_name = "chunk_size"
 
     def __init__(
         self,
@@ -140,59 +134,48 @@ class NeuralMemory(Undecayed, Sealing):
         checks.boolean("per_layer_gates", per_layer_gates)
 
         self.dim, self.heads, self.dim_head = dim, heads, checking.head_size(dim, heads, dim_head)
-        self.depth, self.expansion, self.chunk_size = depth, expansion, chunk_size
+        self.expansion, self.chunk_size, self.conv_size = expansion, chunk_size, conv_size or 0
         self.activation, self.residual, self.norm = activation, residual, norm
-        self.per_layer_gates, self.conv_size = per_layer_gates, conv_size or 0
         self.max_learning_rate, self.backend = max_learning_rate, backend
-
-        inner, gates = heads * self.dim_head, heads * (depth if per_layer_gates else 1)
+        inner = heads * self.dim_head
 
         def linear(d_in: int, d_out: int) -> nn.Linear:
             return nn.Linear(d_in, d_out, bias=False, device=device, dtype=dtype)
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         self.q_proj, self.k_proj, self.v_proj = (linear(dim, inner) for _ in range(3))
         self.convolutions = nn.ModuleList(
             ShortConvolution(inner, self.conv_size, device=device, dtype=dtype)
             for _ in range(3 if self.conv_size else 0)
         )
-        self.theta_proj, self.alpha_proj, self.eta_proj = (linear(dim, gates) for _ in range(3))
-        self.theta_bias, self.alpha_bias, self.eta_bias = (parameter(gates) for _ in range(3))
-
-        hidden = [expansion * self.dim_head] * (depth - 1)
-        widths = [self.dim_head, *hidden, self.dim_head]
-        self.shapes: list[tuple[int, ...]] = list(pairwise(widths))
-        self.weights = MemoryWeights(parameter(heads, *shape) for shape in self.shapes)
-        self.norm_weight = parameter(heads, self.dim_head) if norm else None
-        self.norm_bias = parameter(heads, self.dim_head) if norm else None
-
-        self.out_norm = parameter(heads, self.dim_head)
+        self._build(
+            dim,
+            heads,
+            self.dim_head,
+            depth=depth,
+            expansion=expansion,
+            norm=norm,
+            per_layer_gates=per_layer_gates,
+            device=device,
+            dtype=dtype,
+        )
+        self.out_norm = nn.Parameter(torch.empty(heads, self.dim_head, device=device, dtype=dtype))
         self.gate_proj, self.out_proj = linear(dim, inner), linear(inner, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Every parameter as at the start; also after `to_empty` of a layer on the meta device."""
-        gates = (self.theta_proj, self.alpha_proj, self.eta_proj)
+        learners = [part for part in self.modules() if isinstance(part, Learner)]
+        gates = {id(gate) for part in learners for gate in part._gate_projections()}
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                gain = 0.1 if module in gates else 1.0
+                gain = 0.1 if id(module) in gates else 1.0
                 nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
             elif isinstance(module, ShortConvolution):
                 module.reset_parameters()
-        nn.init.constant_(self.theta_bias, 0.0)
-        nn.init.constant_(self.alpha_bias, -8.0)
-        nn.init.constant_(self.eta_bias, 0.0)
-        for i, w in enumerate(self.weights):
-            # Keys have unit length. Without a LayerNorm nothing would bound what follows.
-            unit = i == 0 and self.depth > 1 and self.norm
-            nn.init.normal_(w, std=1.0 if unit else w.shape[1] ** -0.5)
-        if self.norm_weight is not None and self.norm_bias is not None:
-            nn.init.constant_(self.norm_weight, self.dim_head**-0.5)
-            nn.init.zeros_(self.norm_bias)
+        for part in learners:
+            part._reset()
+            part.mark_undecayed()
         nn.init.ones_(self.out_norm)
-        self.mark_undecayed()
 
     def forward(
         self,
@@ -226,12 +209,29 @@ class NeuralMemory(Undecayed, Sealing):
             self._check_state(state, projected[0], cu_seqlens)
 
         history = None if state is None else state.convolution
-        (q, k, v), history = self._heads(projected, history, cu_seqlens)
-        theta, alpha, eta = self._gates(x)
-        tokens = q, k, v, self.max_learning_rate * theta, alpha, eta
-        memory = None if state is None else state.memory
-        o, memory = self._learn(tokens, self.weights(), self._norm(), memory, cu_seqlens)
-        return self._answer(o, x), LayerState(memory, history)
+        heads, history = self._heads(projected, history, cu_seqlens)
+        o, state = self._read(x, heads, history, state, cu_seqlens)
+        return self._answer(o, x), state
+
+    def _read(
+        self,
+        x: Tensor,
+        heads: list[Tensor],
+        history: tuple[Tensor, ...],
+        state: LayerState | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, LayerState]:
+        """What the memory reads for q, k and v, [B, T, H, D] each, and the layer's state."""
+        gates, weights, norm = self._parts(x)
+        tokens, memory = self._tokens(heads, gates), None if state is None else state.memory
+        schedule = Schedule(self.chunk_size)
+        o, memory = self._learn(tokens, weights, norm, memory, cu_seqlens, schedule)
+        return o, LayerState(memory, history)
+
+    def _tokens(self, heads: Sequence[Tensor], gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """q, k, v, theta, alpha and eta."""
+        theta, alpha, eta = gates
+        return *heads, self.max_learning_rate * theta, alpha, eta
 
     def step(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """One token of every sequence: [B, dim] -> ([B, dim], state).
@@ -267,16 +267,26 @@ class NeuralMemory(Undecayed, Sealing):
             self._check_state(state, q, cu_seqlens)
 
         (q,), history = self._heads([q], state.convolution[:1], cu_seqlens)
-        o = retrieve(
+        o = self._ask(q, state, cu_seqlens)
+        history = history + state.convolution[1:]
+        return self._answer(o, x), dataclasses.replace(state, convolution=history)
+
+    def _ask(self, q: Tensor, state: LayerState, cu_seqlens: Tensor | None) -> Tensor:
+        """What the memory of a state, which stays as it is, reads for q [B, T, H, D]."""
+        return self._retrieve(q, state.memory, self._norm(), cu_seqlens)
+
+    def _retrieve(
+        self, q: Tensor, state: MemoryState, norm: Norm | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        return retrieve(
             q,
-            state.memory,
-            norm=self._norm(),
+            state,
+            norm=norm,
             activation=self.activation,
             residual=self.residual,
             cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
-        return self._answer(o, x), LayerState(state.memory, history + state.convolution[1:])
 
     def _heads(
         self,
@@ -309,9 +319,10 @@ class NeuralMemory(Undecayed, Sealing):
         self,
         tokens: tuple[Tensor, ...],
         weights: tuple[Tensor, ...],
-        norm: tuple[Tensor, Tensor] | None,
+        norm: Norm | None,
         state: MemoryState | None,
         cu_seqlens: Tensor | None,
+        schedule: Schedule,
     ) -> tuple[Tensor, MemoryState]:
         """The memory of any heads over q, k, v, theta, alpha and eta."""
         q, k, v, theta, alpha, eta = tokens
@@ -326,7 +337,9 @@ class NeuralMemory(Undecayed, Sealing):
             norm=norm,
             activation=self.activation,
             residual=self.residual,
-            chunk_size=self.chunk_size,
+            chunk_size=schedule.chunk_size,
+            read=schedule.read,
+            reset_every=schedule.reset_every,
             initial_state=state,
             output_final_state=True,
             cu_seqlens=cu_seqlens,
@@ -335,39 +348,39 @@ class NeuralMemory(Undecayed, Sealing):
         assert after is not None
         return o, after
 
-    def _norm(self) -> tuple[Tensor, Tensor] | None:
-        if self.norm_weight is None or self.norm_bias is None:
-            return None
-        return self.norm_weight, self.norm_bias
-
     def _answer(self, o: Tensor, x: Tensor) -> Tensor:
         """What the memory read, normalised, gated by x and projected: [B, T, dim]."""
         dtype = o.dtype
         o = (unit(o) * (self.dim_head**0.5 * wide(self.out_norm))).flatten(-2)
         return self.out_proj((o * F.silu(self.gate_proj(x))).to(dtype))
 
-    def _gates(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Three sigmoids of x: [B, T, heads], or [B, T, heads, depth] with per_layer_gates.
-
-        Float32 from the bias on: bfloat16 would round a bias of -8 in steps of 0.03.
-        """
-        projected = torch.stack([self.theta_proj(x), self.alpha_proj(x), self.eta_proj(x)])
-        bias = torch.stack([self.theta_bias, self.alpha_bias, self.eta_bias])
-        gates = torch.sigmoid(wide(projected) + bias[:, None, None])
-        if self.per_layer_gates:
-            gates = gates.unflatten(-1, (self.heads, self.depth))
-        return gates.unbind()
-
     def _check_state(self, state: LayerState, q: Tensor, cu_seqlens: Tensor | None) -> None:
-        checking.state(
-            state,
-            q.unflatten(-1, (self.heads, self.dim_head)),
-            sequences=q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1,
-            shapes=self.shapes,
-            gate_rank=4 if self.per_layer_gates else 3,
-            chunk_size=self.chunk_size,
-            history=self.conv_size - 1 if self.conv_size else None,
-        )
+        if type(state) is not self.state_type:
+            got, takes = type(state).__name__, self.state_type.__name__
+            raise TypeError(f"state: got {got}, takes a {takes} or None")
+        sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        q = q.unflatten(-1, (self.heads, self.dim_head))
+        own = Schedule(self.chunk_size)
+        self._check_memory("state.memory", state.memory, q, sequences, own, self._chunk_name)
+        checking.convolution(state.convolution, q, sequences, self.conv_size)
+
+    def _check_memory(
+        self,
+        name: str,
+        state: MemoryState,
+        q: Tensor,
+        sequences: int,
+        schedule: Schedule,
+        option: str,
+    ) -> None:
+        """The state of one memory; `option` is what the layer calls the size of its chunks."""
+        checks.state(name, state, q, self.shapes, sequences, 4 if self.per_layer_gates else 3)
+        if state.chunk_size != schedule.chunk_size:
+            raise ValueError(
+                f"{name}: got chunks of {state.chunk_size} tokens, "
+                f"takes {option} = {schedule.chunk_size}"
+            )
+        checks.same_resets(name, state, schedule.reset_every)
 
     def extra_repr(self) -> str:
         memory = f"depth={self.depth}, expansion={self.expansion}, chunk_size={self.chunk_size}"

@@ -29,6 +29,38 @@ class LayerState(State):
 
 @registered
 @dataclass(eq=False)
+class ProjectionState(State):
+    """What the projection of queries onto keys carries.
+
+    Args:
+        projection (Tensor): [N, H, D, D], the sum of k k^T / |k|^2 over the tokens since the last
+            border, float32 at least.
+        position (Tensor): [N] int32, tokens since the last reset, 0 to reset_every.
+    """
+
+    projection: Tensor
+    position: Tensor
+
+
+@registered
+@dataclass(eq=False)
+class TNTState(LayerState):
+    """What `TitansTNT` carries.
+
+    Args:
+        memory (MemoryState): of the global memory.
+        convolution (tuple[Tensor, ...]): as in `LayerState`.
+        local (tuple[MemoryState, ...]): of the local memories.
+        projections (tuple[ProjectionState, ...]): of their queries: one for all with
+            project="shard", one of each with "chunk", none with None.
+    """
+
+    local: tuple[MemoryState, ...]
+    projections: tuple[ProjectionState, ...]
+
+
+@registered
+@dataclass(eq=False)
 class WindowState(State):
     """What sliding-window attention carries: the tokens that the next one still sees.
 
@@ -49,7 +81,7 @@ class HybridState(State):
     """What `TitansMAG` and `TitansMAL` carry.
 
     Args:
-        memory (LayerState): of the memory.
+        memory (LayerState): of the memory; a `TNTState` where it has local ones.
         attention (WindowState): of the attention.
     """
 
