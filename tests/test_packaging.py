@@ -16,7 +16,7 @@ import titans_kernels
 ROOT = Path(__file__).parent.parent
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "mkdocs.yml", "LICENSE")
 FILES += ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff")
-FOLDERS = ("titans_kernels", "reference", "tests", "benchmarks", "docs", ".ci")
+FOLDERS = ("titans_kernels", "reference", "tests", "benchmarks", "docs", "examples", ".ci")
 
 
 def _python(*arguments, cwd, path=ROOT):
