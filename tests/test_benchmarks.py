@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
-from benchmarks.reporting import report
+from benchmarks.reporting import report, style
 from benchmarks.reporting.plots import draw
 from benchmarks.running.breakdown import DISPATCH, PRODUCTS, PYTHON, group_of
 from benchmarks.running.cases import CASES, OURS, TINY
@@ -183,7 +183,38 @@ def test_pictures_of_what_there_are_rows_for(tmp_path):
     assert drawn(row("sizes")) == set()  # one chunk size compares with none
     assert drawn(*(row("sizes", **how) for how in modes)) == {"chunks"}
     assert drawn(*(row("operator", **how) for how in modes)) == {"time", "memory", "roofline"}
-    assert drawn(row("layer", "titans-pytorch")) == {"ratios"}
+    assert drawn(row("layer", "titans-pytorch")) == {"time", "memory", "ratios"}
+    assert drawn(row("decode", "titans-pytorch")) == {"ratios"}
+
+
+def test_a_picture_says_what_is_in_it(tmp_path, monkeypatch):
+    """The peers beside ours, and the dtype of its own rows, not of all that were recorded."""
+    sizes = [("operator", OURS), ("operator", "SDPA causal"), ("layer", "titans-pytorch")]
+    sizes += [("layer-paper", "titans-pytorch paper"), ("bfloat16", OURS)]
+    rows = [
+        Row(case, TINY, FORWARD, provider, median_s=1e-3, dtype=dtype)
+        for case, provider in sizes
+        for dtype in ["bfloat16" if case == "bfloat16" else "float32"]
+    ]
+    record = tmp_path / "run.json"
+    machine = asdict(MACHINE)
+    record.write_text(json.dumps({"machine": machine, "rows": [row.record() for row in rows]}))
+    saved = {}
+    monkeypatch.setattr(
+        style, "save", lambda figure, path, source: saved.update({path.stem: (figure, source)})
+    )
+    draw(record)
+    figure, source = saved["run-time"]
+    assert "float32" in source and "bfloat16" not in source
+    assert len(figure.axes) == 1  # of the one mode that there are rows for
+    [legend] = figure.legends
+    drawn = {text.get_text() for text in legend.get_texts()}
+    assert drawn == {
+        f"{OURS}, operator, chunk 16",
+        "SDPA causal",
+        "titans-pytorch, layer",
+        "titans-pytorch, paper form, layer",
+    }
 
 
 def allocates(inputs, shape):

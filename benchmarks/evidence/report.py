@@ -5,26 +5,28 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import ceil
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from ..reporting import style
 from ..running.machine import Machine
 from .models import ABLATIONS, DIM, HEADS, KINDS, LAYERS
 from .tasks import FILLER, KEYS, TASKS, VALUES
 from .training import Run, Schedule
 
 STYLES = {
-    "memory": ("#1f4e9c", "o-"),
-    "mag": ("#2e8b57", "D-"),
-    "window": ("#c0504d", "s--"),
-    "linear": ("0.45", "^--"),
-    "delta": ("#8c6d31", "P--"),
-    "eta = 0": ("#5b9bd5", "v-"),
-    "alpha = 0": ("#d39b2a", "<-"),
-    "depth 1": ("#7f5fa9", ">-"),
-    "no conv": ("#c0504d", "x-"),
-    "theta 0.1": ("0.2", "+-"),
+    "memory": (style.BLUE, "o-"),
+    "mag": (style.GREEN, "D-"),
+    "window": (style.VERMILION, "s--"),
+    "linear": (style.GREY, "^--"),
+    "delta": (style.ORANGE, "P--"),
+    "eta = 0": (style.SKY, "v-"),
+    "alpha = 0": (style.ORANGE, "<-"),
+    "depth 1": (style.PURPLE, ">-"),
+    "no conv": (style.VERMILION, "x-"),
+    "theta 0.1": (style.BLACK, "+-"),
 }
 
 
@@ -155,8 +157,6 @@ def _cell(shares: Sequence[float]) -> str:
 
 def draw(report: Report, path: Path) -> Path:
     """Accuracy against length: every task with its models, and the ablations of the memory."""
-    from matplotlib.figure import Figure
-
     panels = []
     for task in report.tasks:
         for title, names in (
@@ -166,25 +166,31 @@ def draw(report: Report, path: Path) -> Path:
             kinds = [kind for kind in names if report.of(task, kind)]
             if title == task or len(kinds) > 1:
                 panels.append((task, title, kinds))
-    figure = Figure(figsize=(4.4 * max(1, len(panels)), 3.6), layout="constrained")
-    axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
-    for axis, (task, title, kinds) in zip(axes, panels, strict=False):
+    columns = 2 if len(panels) > 1 else 1
+    height = ceil(len(panels) / columns) or 1
+    figure, axes = style.panels(5 * columns, 3.8 * height, height, columns)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (task, title, kinds) in zip(axes.flat, panels, strict=False):
         for kind in kinds:
-            colour, style = STYLES[kind]
+            colour, line = STYLES[kind]
             runs = report.of(task, kind)
             lengths = TASKS[task].asked
             by_length = [[run.accuracy[length] for run in runs] for length in lengths]
-            axis.plot(lengths, [mean(x) for x in by_length], style, color=colour, label=kind, ms=4)
+            axis.plot(lengths, [mean(x) for x in by_length], line, color=colour, label=kind, ms=4)
             if len(runs) > 1:
                 low, high = [min(x) for x in by_length], [max(x) for x in by_length]
-                axis.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
-        axis.axvline(max(TASKS[task].lengths), color="0.7", linewidth=1, linestyle=":")
+                axis.fill_between(lengths, low, high, color=colour, alpha=0.12, linewidth=0)
+        axis.axvline(max(TASKS[task].lengths), color=style.GREY, linewidth=1, linestyle=":")
         axis.set_xscale("log", base=2)
         axis.set_xticks(TASKS[task].asked, [str(length) for length in TASKS[task].asked])
         axis.set(title=title, xlabel="tokens (dotted: the longest in training)", ylim=(0, 1.03))
+        axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8)
-        axis.label_outer()
-    axes[0].set_ylabel("questions answered")
-    figure.savefig(path, dpi=110)
-    return path
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": 3}
+        axis.legend(frameon=False, fontsize=8, **below)
+    for row in axes:
+        row[0].set_ylabel("questions answered correctly")
+    machine = report.machine
+    source = f"{machine['device']}, float32, torch {machine['torch']}, commit {machine['commit']}"
+    return style.save(figure, path, f"{source}, {machine['date']}; shaded: worst to best seed")

@@ -1,1 +1,1 @@
-"""A recorded run as tables (report.py), plots (plots.py) and the figures in docs/ (page.py)."""
+"""A recorded run as tables (report.py), plots (plots.py) and figures in docs/ (page.py)."""

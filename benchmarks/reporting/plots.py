@@ -15,8 +15,11 @@ from ..machine_code.model import forward_bytes
 from ..running.cases import OURS
 from ..running.harness import Row
 from ..running.shapes import BOTH, FORWARD
+from . import style
 
-COLOURS = {OURS: ("#1f4e9c", "#5b9bd5"), "SDPA causal": ("#c0504d",)}
+Figure = Any
+Drawn = tuple[Figure, list[Row]]
+OVER_LENGTH = {"operator": "operator", "long": "operator", "layer": "layer", "layer-paper": "layer"}
 
 
 def draw(record: Path) -> list[Path]:
@@ -28,92 +31,115 @@ def draw(record: Path) -> list[Path]:
     report = json.loads(record.read_text(encoding="utf-8"))
     rows = [Row.from_record(row) for row in report["rows"] if row["problem"] is None]
     machine = report["machine"]
-    dtypes = ", ".join(dict.fromkeys(row.dtype for row in rows))
-    source = (
-        f"{machine['device']}, {machine['threads']} thread(s), {dtypes}, torch {machine['torch']}, "
-        f"commit {machine['commit']}, {machine['date']}"
-    )
-    drawn = []
-    figures = {
+    pictures = {
         "time": _over_length(rows, "milliseconds a call", lambda row: (row.median_s or 0) * 1e3),
         "memory": _over_length(rows, "peak MiB", lambda row: (row.peak_bytes or 0) / 2**20),
         "chunks": _over_chunks(rows),
         "ratios": _ratios(rows),
         "roofline": _roofline(rows, machine),
     }
-    for suffix, figure in figures.items():
-        if figure is not None:
-            figure.text(0.01, 0.01, source, fontsize=7, color="0.4")
-            path = record.with_name(f"{record.stem}-{suffix}.png")
-            figure.savefig(path, dpi=130)
-            drawn.append(path)
-    return drawn
+    return [
+        style.save(
+            picture[0],
+            record.with_name(f"{record.stem}-{suffix}.png"),
+            _source(machine, picture[1]),
+        )
+        for suffix, picture in pictures.items()
+        if picture is not None
+    ]
 
 
-def _over_length(rows: list[Row], label: str, value: Callable[[Row], float]) -> Any:
+def _source(machine: dict[str, Any], rows: list[Row]) -> str:
+    """What is below a picture: the machine, and the dtypes of the rows in it."""
+    dtypes = ", ".join(dict.fromkeys(row.dtype for row in rows))
+    return (
+        f"{machine['device']}, {machine['threads']} thread(s), {dtypes}, torch {machine['torch']}, "
+        f"commit {machine['commit']}, {machine['date']}"
+    )
+
+
+def _over_length(rows: list[Row], label: str, value: Callable[[Row], float]) -> Drawn | None:
     """What a call takes by the length of the text; rows that lack it are left out."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    rows = [row for row in rows if row.case in ("operator", "long") and value(row)]
+    rows = [row for row in rows if row.case in OVER_LENGTH and value(row)]
     rows = _of_one_size(rows)
     if not rows:
         return None
-    figure = Figure(figsize=(9, 4.2), layout=ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95)))
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, mode in zip(axes, (FORWARD, BOTH), strict=True):
-        for provider, colours in COLOURS.items():
-            chunks = sorted({row.shape.chunk for row in rows})
-            for chunk, colour in zip(chunks, colours, strict=False):
-                points = [
-                    (row.shape.T, value(row))
-                    for row in rows
-                    if (row.mode, row.provider, row.shape.chunk) == (mode, provider, chunk)
-                ]
-                if not points:
-                    continue
-                ours = provider == OURS
-                name = f"{provider}, chunk {chunk}" if ours else provider
-                style = "o-" if ours else "s--"
-                axis.plot(*zip(*sorted(points), strict=True), style, color=colour, label=name)
+    modes = [mode for mode in (FORWARD, BOTH) if any(row.mode == mode for row in rows)]
+    figure, axes = style.panels(2.6 + 3.4 * len(modes), 4.2, columns=len(modes))
+    looks = _looks(rows)
+    for axis, mode in zip(axes[0], modes, strict=True):
+        for name, look in looks.items():
+            # A peer that is beside several chunks of ours has a row beside each.
+            found = [row for row in reversed(rows) if row.mode == mode and _series(row) == name]
+            points = {row.shape.T: value(row) for row in found}
+            if points:
+                axis.plot(*zip(*sorted(points.items()), strict=True), label=name, **look)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks(sorted({row.shape.T for row in rows}))
         axis.xaxis.set_major_formatter(lambda T, _: f"{T / 1024:g}k" if T >= 1024 else f"{T:g}")
+        axis.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
         axis.set(title=mode, xlabel="tokens")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(label)
-    axes[0].legend(frameon=False)
+    axes[0][0].set_ylabel(label)
+    style.legend_beside(figure, axes[0][0])
     shape = rows[0].shape
-    figure.suptitle(f"The operator, {shape.H} heads of {shape.D}, hidden {shape.hidden}")
-    return figure
+    figure.suptitle(f"{shape.B} x {shape.H} heads of {shape.D}, hidden {shape.hidden}", fontsize=10)
+    return figure, rows
 
 
-def _over_chunks(rows: list[Row]) -> Any:
+def _series(row: Row) -> str:
+    """The line that a row is on."""
+    if row.provider == OURS:
+        return f"{OURS}, {OVER_LENGTH[row.case]}, chunk {row.shape.chunk}"
+    if row.provider.startswith("titans-pytorch"):
+        return row.provider.replace(" paper", ", paper form") + ", layer"
+    return row.provider
+
+
+def _looks(rows: list[Row]) -> dict[str, dict[str, Any]]:
+    """By line: ours solid, all others dashed, each with a colour and a marker."""
+    names = {_series(row): row.provider == OURS for row in rows}
+    own = ((style.BLUE, "o"), (style.SKY, "o"), (style.BLACK, "D"), (style.GREY, "D"))
+    others = tuple(zip(style.OTHERS, style.MARKERS, strict=True))
+    looks = {}
+    for ours, choice in ((True, own), (False, others)):
+        for i, name in enumerate(sorted((n for n in names if names[n] == ours), key=_order)):
+            colour, marker = choice[i % len(choice)]
+            looks[name] = {"color": colour, "marker": marker, "ls": "-" if ours else "--"}
+    return looks
+
+
+def _order(name: str) -> tuple[bool, str]:
+    """Operators before layers."""
+    return "layer" in name, name
+
+
+def _over_chunks(rows: list[Row]) -> Drawn | None:
     """What a token costs by the chunk, and how much of the machine's products that is."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     rows = [row for row in rows if row.provider == OURS and row.case == "sizes"]
     rows = [row for row in rows if (row.shape.B, row.shape.H, row.shape.D) == (1, 4, 64)]
     chunks = sorted({row.shape.chunk for row in rows})
     if len(chunks) < 2:
         return None
-    figure = Figure(figsize=(6, 3.6), layout=ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95)))
-    axis = figure.subplots()
-    for i, (mode, colour) in enumerate(zip((FORWARD, BOTH), COLOURS[OURS], strict=True)):
+    figure, axes = style.panels(7, 3.6)
+    axis = axes[0][0]
+    for i, (mode, colour) in enumerate(((FORWARD, style.BLUE), (BOTH, style.ORANGE))):
         found = {row.shape.chunk: row for row in rows if row.mode == mode}
-        shapes = [found[chunk] for chunk in chunks]
+        shapes = [found[chunk] for chunk in chunks if chunk in found]
         cost = [1e6 * (r.median_s or 0) / (r.shape.T * r.shape.H) for r in shapes]
-        places = [place + 0.4 * i - 0.2 for place in range(len(chunks))]
+        places = [chunks.index(r.shape.chunk) + 0.4 * i - 0.2 for r in shapes]
         bars = axis.bar(places, cost, 0.36, color=colour, label=mode)
         texts = [f"{r.of_ceiling:.0%}" if r.of_ceiling else "" for r in shapes]
-        axis.bar_label(bars, texts, fontsize=8)
+        axis.bar_label(bars, texts, fontsize=8, padding=1)
+    axis.margins(y=0.1)
     axis.set_xticks(range(len(chunks)), [str(chunk) for chunk in chunks])
     axis.set(xlabel="chunk size", ylabel="microseconds a token and head")
-    axis.legend(frameon=False)
-    figure.suptitle("The operator by chunk size; of the matrix product ceiling", fontsize=11)
-    return figure
+    style.legend_beside(figure, axis)
+    axis.set_title(
+        "The operator by chunk size; above bars: share of the product ceiling", fontsize=10
+    )
+    return figure, rows
 
 
 def _of_one_size(rows: list[Row]) -> list[Row]:
@@ -129,66 +155,76 @@ def _of_one_size(rows: list[Row]) -> list[Row]:
     return [row for row in rows if size(row) == most]
 
 
-def _roofline(rows: list[Row], machine: dict[str, Any]) -> Any:
+def _roofline(rows: list[Row], machine: dict[str, Any]) -> Drawn | None:
     """FLOP per second over FLOP per byte, of ours, under what the machine reaches."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     rows = [row for row in rows if row.case == "operator" and row.provider == OURS and row.flop]
     rows = [row for row in rows if row.mode == FORWARD]
     if not rows or not machine.get("copy_bytes"):
         return None
-    figure = Figure(figsize=(6, 4.2), layout=ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95)))
-    axis = figure.subplots()
+    from matplotlib.ticker import LogLocator
+
+    figure, axes = style.panels(8, 4.2)
+    axis = axes[0][0]
     peak, copy = machine["matmul_flops"], machine["copy_bytes"]
     knee = peak / copy
     # Of a GPU, what our kernels move; else what nobody can do without.
     moved = [forward_bytes(r.shape) if machine["driver"] else r.least_bytes or 1 for r in rows]
     intensities = [(r.flop or 0) / m for r, m in zip(rows, moved, strict=True)]
     ends = [knee / 8, knee, 2 * max(8 * knee, *intensities)]
-    roof = [copy * ends[0], peak, peak]
-    axis.plot(ends, roof, color="0.3", label="copies and products, measured")
+    roof = [copy * ends[0] / 1e9, peak / 1e9, peak / 1e9]
+    axis.plot(ends, roof, color=style.BLACK, label="copies and products, measured")
+    chunks = sorted({row.shape.chunk for row in rows})
+    sizes = sorted({(row.shape.B, row.shape.H, row.shape.D, row.shape.T) for row in rows})
     for row, intensity in zip(rows, intensities, strict=True):
-        label = f"{row.shape.B} x {row.shape.H} x {row.shape.D}, T {row.shape.T:,}, "
-        reached = (row.flop or 0) / (row.median_s or 1)
-        axis.plot(intensity, reached, "o", label=f"{label}chunk {row.shape.chunk}")
-    axis.set(xscale="log", yscale="log", xlabel="FLOP per byte, counted", ylabel="FLOP/s")
+        shape = row.shape
+        size = shape.B, shape.H, shape.D, shape.T
+        look = {
+            "color": (style.BLUE, *style.OTHERS)[chunks.index(shape.chunk) % 7],
+            "marker": ("o" + style.MARKERS)[sizes.index(size) % 7],
+            "markerfacecolor": "none",
+            "linestyle": "none",
+        }
+        name = f"{shape.B} x {shape.H} x {shape.D}, T {shape.T:,}, chunk {shape.chunk}"
+        axis.plot(intensity, (row.flop or 0) / (row.median_s or 1) / 1e9, label=name, **look)
+    axis.set(xscale="log", yscale="log", xlabel="FLOP per byte, counted", ylabel="GFLOP/s")
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ticks.set_major_formatter(lambda x, _: f"{x:,g}")
+        ticks.set_minor_formatter(lambda x, _: "")
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=6)
-    figure.suptitle("The operator, forward")
-    return figure
+    style.legend_beside(figure, axis)
+    axis.set_title("The operator, forward", fontsize=10)
+    return figure, rows
 
 
-def _ratios(rows: list[Row]) -> Any:
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
+def _ratios(rows: list[Row]) -> Drawn | None:
+    """Time and memory of titans-pytorch over ours."""
     rows = [row for row in rows if row.provider.startswith("titans-pytorch")]
-    if not rows:
-        return None
-    figure = Figure(
-        figsize=(9, 1.4 + 0.5 * len(rows)), layout=ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95))
-    )
-    axes = figure.subplots(1, 2, sharey=True)
-    labels = [f"{row.provider}\n{row.case}, {row.mode}, T {row.shape.T}" for row in rows]
     quantities = (
-        ("time", "#1f4e9c", [row.time_ratio for row in rows]),
-        ("peak memory", "#5b9bd5", [row.memory_ratio for row in rows]),
+        ("time", style.BLUE, [row.time_ratio for row in rows]),
+        ("peak memory", style.SKY, [row.memory_ratio for row in rows]),
     )
-    for axis, (what, colour, ratios) in zip(axes, quantities, strict=True):
+    drawn = [quantity for quantity in quantities if any(quantity[2])]
+    if not drawn:
+        return None
+    figure, axes = style.panels(3 + 3 * len(drawn), 1.4 + 0.5 * len(rows), columns=len(drawn))
+    labels = [f"{row.provider}\n{row.case}, {row.mode}, T {row.shape.T:,}" for row in rows]
+    for axis, (what, colour, ratios) in zip(axes[0], drawn, strict=True):
         widths = [(ratio or 1.0) - 1.0 for ratio in ratios]
-        bars = axis.barh(labels, widths, left=1.0, color=colour, height=0.6)
-        texts = ["" if ratio is None else f" {ratio:.3g}x" for ratio in ratios]
-        axis.bar_label(bars, texts, fontsize=8)
-        axis.axvline(1, color="0.3", linewidth=1)
+        axis.barh(labels, widths, left=1.0, color=colour, height=0.6)
+        for i, ratio in enumerate(ratios):
+            text = " not measured" if ratio is None else f" {ratio:.2g}x"
+            axis.text(max(ratio or 1.0, 1.0), i, text, va="center", fontsize=8, color=style.BLACK)
+        axis.axvline(1, color=style.BLACK, linewidth=1)
         axis.set_xscale("log")
         known = [ratio for ratio in ratios if ratio] + [1.0]
-        axis.set_xlim(min(known) / 2, max(known) * 4)
+        axis.set_xlim(min(known) / 1.5, max(known) * 5)
         axis.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}x")
+        axis.xaxis.set_minor_formatter(lambda ratio, _: "")
         axis.set_title(f"{what}, over that of {OURS}", fontsize=10)
         axis.tick_params(axis="y", labelsize=8)
-    axes[0].invert_yaxis()
-    return figure
+    axes[0][0].invert_yaxis()
+    return figure, rows
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ CASES = (
         providers.defined_layer,
         {OURS: providers.our_layer, "titans-pytorch": providers.titans_pytorch_layer},
         {OURS: layer_flop},
-        shapes=(Shape(T=2048),),
+        shapes=tuple(Shape(T=T) for T in (512, 1024, 2048, 4096)),
         quick=(TINY,),
     ),
     Case(
@@ -109,7 +109,7 @@ CASES = (
         providers.defined_layer,
         {OURS: providers.our_layer, "titans-pytorch paper": providers.titans_pytorch_paper_layer},
         {OURS: layer_flop},
-        shapes=(Shape(T=512),),
+        shapes=tuple(Shape(T=T) for T in (128, 256, 512)),
         quick=(TINY,),
     ),
     Case(
