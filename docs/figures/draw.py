@@ -135,6 +135,38 @@ def family(ax: Axes) -> None:
     ax.set(xlim=(0, 11.6), ylim=(0.1, 7.7))
 
 
+def tnt(ax: Axes) -> None:
+    """One global memory over the whole text, local ones that begin anew in every shard."""
+    wide, shards = 3.3, 3
+    for shard in range(shards):
+        left = (wide + 0.3) * shard
+        middle = left + wide / 2
+        box(ax, middle, 2.6, f"chunk {shard + 1}", MEMORY, wide)
+        if shard:
+            arrow(ax, (left - 0.3, 2.6), (left, 2.6))
+        for part in range(4):
+            box(ax, left + wide * (part + 0.5) / 4, 1.0, "", LEARNED, wide / 4 - 0.12)
+            if part:
+                arrow(
+                    ax, (left + wide * part / 4 - 0.08, 1.0), (left + wide * part / 4 + 0.08, 1.0)
+                )
+        note(ax, middle, 0.45, f"shard {shard + 1}")
+        arrow(ax, (left + 0.4, 1.75), (left + 0.4, 1.38))
+        note(ax, left + 0.5, 1.72, "starts with $M_0$", 9, "left")
+    note(ax, -0.2, 2.6, "global memory,\nlarge chunks", where="right")
+    note(ax, -0.2, 1.0, "local memory,\nsmall chunks", where="right")
+    end = (wide + 0.3) * shards - 0.3
+    note(
+        ax,
+        end / 2,
+        3.2,
+        "a chunk after the other; a query reads the weights its chunk starts with",
+        9,
+    )
+    note(ax, end / 2, 0.0, "all shards side by side", 9)
+    ax.set(xlim=(-2.2, end + 0.1), ylim=(-0.25, 3.4))
+
+
 def gate(ax: Axes, x: float, y: float) -> None:
     ax.add_patch(plt.Circle((x, y), 0.2, facecolor="white", edgecolor=LINE, zorder=3))
     ax.text(x, y, "$\\otimes$", ha="center", va="center", fontsize=12, color=TEXT, zorder=4)
@@ -145,6 +177,7 @@ FIGURES: dict[str, tuple[Callable[[Axes], None], Point]] = {
     "memory": (memory, (9.6, 3.1)),
     "levels": (levels, (9.6, 2.4)),
     "family": (family, (9, 6)),
+    "tnt": (tnt, (9.6, 2.9)),
 }
 
 
