@@ -103,12 +103,13 @@ class TitansTNT(TitansLMM):
     def set_local_chunks(self, local_chunks: Sequence[int]) -> None:
         """Other chunks for the same local memories, as many as there are.
 
+        A state made before is refused by the next call.
+
         Args:
             local_chunks (Sequence[int]): tokens of a chunk of each local memory.
 
         Raises:
             TypeError, ValueError: not as many, or not ints of at least 1.
-            A state made before is refused by the next call.
         """
         assert isinstance(self.memory, TNTMemory)
         self.memory.set_local_chunks(local_chunks)
