@@ -7,17 +7,24 @@ parameters of the model by name, as PyTorch's `named_parameters` lists them; a m
 embeddings has no head of its own.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import blocks
 from .blocks import Options, Parameters
+from .tnt import tnt
 
 
 def logits(
-    tokens: Tensor, p: Parameters, variant: str, span: int, eps: float, options: Options
+    tokens: Tensor, p: Parameters, variant: str, span: Any, eps: float, options: Options
 ) -> Tensor:
-    """[T] -> [T, vocab_size]. `span`: the window of "mag" and "mal", the segment of "mac"."""
+    """[T] -> [T, vocab_size].
+
+    `span`: the window of "mag" and "mal", the segment of "mac"; of "tnt" its local_chunks,
+    reset_every and project.
+    """
     embeddings = p["model.embed_tokens.weight"]
     x, i = embeddings[tokens], 0
     while layer := _under(p, f"model.layers.{i}."):
@@ -27,10 +34,13 @@ def logits(
     return _norm(x, p["model.norm.weight"], eps) @ p.get("lm_head.weight", embeddings).T
 
 
-def _block(x: Tensor, layer: Parameters, variant: str, span: int, options: Options) -> Tensor:
+def _block(x: Tensor, layer: Parameters, variant: str, span: Any, options: Options) -> Tensor:
     mixer = _under(layer, "mixer.")
     if variant == "lmm":
         return blocks.lmm(x, mixer, options)
+    if variant == "tnt":
+        local_chunks, reset_every, project = span
+        return tnt(x, mixer, local_chunks, reset_every, project, options)[0]
     return {"mac": blocks.mac, "mag": blocks.mag, "mal": blocks.mal}[variant](
         x, mixer, span, options
     )

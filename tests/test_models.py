@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 
 from titans_kernels.models import TitansCache, TitansConfig, TitansForCausalLM, TitansModel
 
-VARIANTS = ["mac", "mag", "mal", "lmm"]
+VARIANTS = ["mac", "mag", "mal", "lmm", "tnt"]
+TNT = {"global_chunk": 6, "local_chunks": [4, 3], "reset_every": 8}
 V = 37
 
 
@@ -25,6 +26,7 @@ def _config(variant="mac", **options):
         **{"segment": 6, "window": 5, "chunk_size": 4, "n_persistent": 2, "expansion": 2},
         **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0},
     }
+    tiny |= TNT if variant == "tnt" else {}
     return TitansConfig(variant=variant, **(tiny | options))
 
 

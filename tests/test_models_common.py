@@ -20,7 +20,8 @@ from transformers import (
 from titans_kernels.adapt.cache import MemoryLayer
 from titans_kernels.models import TitansConfig, TitansForCausalLM, TitansModel
 
-VARIANTS = ["mac", "mag", "mal", "lmm"]
+VARIANTS = ["mac", "mag", "mal", "lmm", "tnt"]
+TNT = {"global_chunk": 6, "local_chunks": [4, 3], "reset_every": 8}
 V = 37
 TINY = {
     **{"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2},
@@ -31,7 +32,8 @@ TINY = {
 
 def _model(variant="mac", cls=TitansForCausalLM, **options):
     torch.manual_seed(0)
-    return cls(TitansConfig(variant=variant, **(TINY | options))).double().eval()
+    own = TNT if variant == "tnt" else {}
+    return cls(TitansConfig(variant=variant, **(TINY | own | options))).double().eval()
 
 
 def _tokens(*shape, seed=1):

@@ -34,7 +34,10 @@ def _reference(model, tokens, dtype=torch.float64):
     config = model.config
     p = {name: x.to(dtype) for name, x in model.named_parameters()}
     span = config.segment if config.variant == "mac" else config.window
-    options = Options(config.chunk_size, rotary=config.rotary)
+    chunk = config.chunk_size
+    if config.variant == "tnt":
+        span, chunk = (config.local_chunks, config.reset_every, config.project), config.global_chunk
+    options = Options(chunk, rotary=config.rotary)
     return reference.logits(tokens, p, config.variant, span, config.rms_norm_eps, options)
 
 
@@ -43,6 +46,7 @@ CASES = {
     "mag": ("mag", {}),
     "mal": ("mal", {}),
     "lmm": ("lmm", {}),
+    "tnt": ("tnt", {"global_chunk": 5, "local_chunks": [3, 4], "reset_every": 6}),
     "a large eps": ("lmm", {"rms_norm_eps": 0.5, "num_hidden_layers": 1}),
     "tied embeddings": ("lmm", {"tie_word_embeddings": True, "num_hidden_layers": 1}),
 }

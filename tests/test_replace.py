@@ -48,6 +48,7 @@ OPTIONS = {
     "mag": {"window": 5},
     "mal": {"window": 5},
     "lmm": {},
+    "tnt": {"global_chunk": 6, "local_chunks": [4, 3], "reset_every": 8},
 }
 
 
@@ -60,9 +61,8 @@ def _host(name, seed=0):
 
 def _swapped(name, layers="[01]", variant="lmm", mode="replace"):
     model, where = _host(name)
-    names = replace(
-        model, where.format(layers), variant, mode=mode, chunk_size=4, **OPTIONS[variant]
-    )
+    options = OPTIONS[variant] | ({} if variant == "tnt" else {"chunk_size": 4})
+    names = replace(model, where.format(layers), variant, mode=mode, **options)
     if mode == "beside":  # a closed gate would hide what the memory does
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("titans_gate"):
@@ -94,7 +94,7 @@ def test_generate(name, mode):
     assert (model.generate(tokens, **beams) == expected).all()
 
 
-@pytest.mark.parametrize("variant", ["mac", "mag", "mal"])
+@pytest.mark.parametrize("variant", ["mac", "mag", "mal", "tnt"])
 def test_variants_and_pieces(variant):
     model, _ = _swapped("llama", "*", variant)
     tokens, cache, logits = _tokens(2, 13), DynamicCache(config=model.config), []

@@ -80,7 +80,7 @@ def test_queries_are_projected_onto_the_keys_since_the_border(reset, chunk):
         P = P + u[..., :, None] * u[..., None, :]
         want.append((P @ q[:, t, :, :, None])[..., 0])
     want = torch.stack(want, 1)
-    for cuts in ([], [63, 64, 130]):
+    for cuts in ([], [63, 65, 66, 130]):
         out, state = [], None
         for a, b in zip(*(x.tensor_split(cuts, 1) for x in (q, k)), strict=True):
             y, state = project(a, b, state, None, reset, chunk)

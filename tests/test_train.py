@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -226,6 +227,38 @@ def test_any_number_of_processes_is_the_same_run(tmp_path):
         for name in ("bits", "gradient", "learning_rate"):
             assert float(got[name]) == pytest.approx(float(expected[name]), rel=1e-4), got
     assert float(want[-1]["bits"]) < float(want[0]["bits"]) - 0.5
+
+
+TNT = MODEL | {"variant": "tnt", "global_chunk": 32, "local_chunks": [8, 4], "reset_every": 16}
+
+
+def test_a_model_is_trained_on_with_smaller_local_chunks(tmp_path):
+    """The second stage of TNT: the same parameters, other chunks."""
+    Training(_config(tmp_path / "first", model=TNT), ALONE).run()
+    start = str(tmp_path / "first/model")
+    smaller = TNT | {"local_chunks": [2, 1]}
+    options = {"model": smaller, "start": start, "steps": 24, "evaluate_every": 24}
+    training = Training(_config(tmp_path / "second", **options), ALONE)
+    saved = TitansForCausalLM.from_pretrained(start)
+    saved.set_local_chunks((2, 1))
+    for p, q in zip(training.model.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(p, q)
+    text = training._window(0)[:, : training.config.length + 1]
+    bits = saved(text[:, :-1], labels=None).logits
+    loss = torch.nn.functional.cross_entropy(bits.flatten(0, 1), text[:, 1:].flatten())
+    training.run()
+    losses = [float(row["bits"]) for row in _rows(tmp_path / "second/train.csv")]
+    assert abs(losses[0] - loss.item() / math.log(2)) < 1e-4
+    assert sum(losses[-8:]) < sum(losses[:8])
+    trained = TitansForCausalLM.from_pretrained(tmp_path / "second/model")
+    assert trained.config.local_chunks == [2, 1]
+    assert trained.model.layers[0].mixer.memory.local_chunks == (2, 1)
+    again = TitansForCausalLM.from_pretrained(start, local_chunks=[2, 1])  # or by the configuration
+    assert again.model.layers[0].mixer.memory.local_chunks == (2, 1)
+
+    other = _config(tmp_path / "third", start=start, model=TNT | {"local_chunks": [8]})
+    with pytest.raises(ValueError, match=r"start: .*first/model and `model` do not both have"):
+        Training(other, ALONE)
 
 
 def test_rows_are_divided():

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers_own
-from test_models_common import TINY, VARIANTS, V
+from test_models_common import TINY, TNT, VARIANTS, V
 from torch.utils import _pytree as pytree
 from transformers.models.auto import modeling_auto
 
@@ -88,7 +88,8 @@ class _Own(theirs.ModelTesterMixin, theirs.GenerationTesterMixin):
         return contextlib.nullcontext()  # there is one for every parameter of a model
 
     def get_config(self):
-        return TitansConfig(**(TINY | {"variant": self.variant, "eos_token_id": 2}))
+        own = TNT if self.variant == "tnt" else {}
+        return TitansConfig(**(TINY | own | {"variant": self.variant, "eos_token_id": 2}))
 
     def prepare_config_and_inputs_for_common(self):
         tokens = theirs.ids_tensor([self.batch_size, self.seq_length], V)

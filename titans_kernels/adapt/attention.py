@@ -32,7 +32,7 @@ class TitansAttention(nn.Module):
     Args:
         hidden_size (int): width of the model.
         num_heads (int): memories side by side, and heads of the block's attention.
-        variant (str): "mac", "mag", "mal" or "lmm".
+        variant (str): "mac", "mag", "mal", "lmm" or "tnt".
         layer_idx (int | None): where in a cache of transformers the state is kept; needed to use
             one.
         options: as the block of that variant takes them.

@@ -52,7 +52,7 @@ def replace(
     Args:
         where (str | Callable): a pattern such as "model.layers.[13].self_attn" (as file names are
             matched, * for anything), or a function of (name, module).
-        variant (str): "mac", "mag", "mal" or "lmm".
+        variant (str): "mac", "mag", "mal", "lmm" or "tnt".
         mode (str): "replace": the Titans layer takes attention's place. "beside": attention stays
             as it is, and the output of the memory, times a gate, is added to its output. The gate
             starts at 0, one number a channel: the model computes what it did, to the bit, until it

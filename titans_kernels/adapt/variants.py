@@ -1,11 +1,11 @@
-"""The architectures of the paper by name."""
+"""The architectures by name."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from .. import checks
-from ..layers import TitansLMM, TitansMAC, TitansMAG, TitansMAL
+from ..layers import TitansLMM, TitansMAC, TitansMAG, TitansMAL, TitansTNT
 from ..layers.block import Block
 
 VARIANTS: dict[str, type[Block[Any]]] = {
@@ -13,6 +13,7 @@ VARIANTS: dict[str, type[Block[Any]]] = {
     "mag": TitansMAG,
     "mal": TitansMAL,
     "lmm": TitansLMM,
+    "tnt": TitansTNT,
 }
 
 

@@ -15,11 +15,14 @@ from ..adapt.variants import VARIANTS
 # hidden_size, num_heads, and the layers that bring each variant nearest to the name, with a
 # vocabulary of 32,000 and a head of its own. The paper gives the totals, not how they are made.
 SIZES: dict[str, tuple[int, int, dict[str, int]]] = {
-    "170m": (768, 12, {"mac": 12, "mag": 12, "mal": 12, "lmm": 15}),
-    "340m": (1024, 16, {"mac": 15, "mag": 15, "mal": 15, "lmm": 19}),
-    "760m": (1536, 24, {"mac": 16, "mag": 16, "mal": 16, "lmm": 21}),
-    "1.3b": (2048, 32, {"mac": 16, "mag": 16, "mal": 16, "lmm": 21}),
+    "170m": (768, 12, {"mac": 12, "mag": 12, "mal": 12, "lmm": 15, "tnt": 14}),
+    "340m": (1024, 16, {"mac": 15, "mag": 15, "mal": 15, "lmm": 19, "tnt": 18}),
+    "760m": (1536, 24, {"mac": 16, "mag": 16, "mal": 16, "lmm": 21, "tnt": 20}),
+    "1.3b": (2048, 32, {"mac": 16, "mag": 16, "mal": 16, "lmm": 21, "tnt": 20}),
 }
+
+# Options of memories with local ones beside them, in the place of chunk_size.
+LOCAL = ["global_chunk", "local_chunks", "reset_every", "project"]
 
 # What transformers takes, or writes into files, beside the fields and attributes of its class.
 _BESIDE = {
@@ -38,12 +41,15 @@ class TitansConfig(PreTrainedConfig):
         head_dim (int | None): Default: hidden_size / num_heads.
         intermediate_size (int | None): width of the SwiGLU MLPs. Default: 8/3 hidden_size, rounded
             up to a multiple of 64.
-        variant (str): "mac", "mag", "mal" or "lmm": `titans_kernels.layers`.
+        variant (str): "mac", "mag", "mal", "lmm" or "tnt": `titans_kernels.layers`.
         segment (int): of "mac"; window (int): of "mag" and "mal"; rotary (bool): of these three.
         n_persistent (int): persistent tokens of a layer.
         depth, expansion, chunk_size, activation, residual, norm: of the memories, as `NeuralMemory`
             takes them; so are the next four.
         per_layer_gates, conv_size, max_learning_rate, backend: likewise.
+        global_chunk, local_chunks, reset_every, project: of "tnt", as `TitansTNT` takes them, in
+            the place of chunk_size; with local_chunks of every variant. Default: (16,) for "tnt",
+            none for others.
         initializer_range (float | None): deviation of embeddings, head and MLPs at the start.
             Default: hidden_size^-1/2, so that small models start no further from their blocks'
             scale than large ones.
@@ -78,6 +84,10 @@ class TitansConfig(PreTrainedConfig):
     depth: int = 2
     expansion: int = 4
     chunk_size: int = 16
+    global_chunk: int = 2048
+    local_chunks: list[int] | None = None
+    reset_every: int = 2048
+    project: str | None = "shard"
     activation: str = "gelu_tanh"
     residual: bool = True
     norm: bool = True
@@ -96,6 +106,8 @@ class TitansConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         checks.known(self._unknown(kwargs), self._options())
         checks.choice("variant", self.variant, tuple(VARIANTS))
+        if self.variant == "tnt" and self.local_chunks is None:
+            self.local_chunks = [16]
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads"):
             checks.integer(name, getattr(self, name), 1)
         if self.intermediate_size is None:
@@ -159,10 +171,11 @@ class TitansConfig(PreTrainedConfig):
     def block_options(self) -> dict[str, Any]:
         """What the block of the variant takes."""
         names = [
-            *("n_persistent", "depth", "expansion", "chunk_size", "activation", "residual", "norm"),
+            *("n_persistent", "depth", "expansion", "activation", "residual", "norm"),
             *("per_layer_gates", "conv_size", "max_learning_rate", "backend"),
         ]
-        if self.variant != "lmm":
+        names += ["chunk_size"] if self.local_chunks is None else LOCAL
+        if self.variant not in ("lmm", "tnt"):
             names += ["rotary", "segment" if self.variant == "mac" else "window"]
         options = {name: getattr(self, name) for name in names}
         return {"heads": self.num_heads, "dim_head": self.head_dim} | options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..adapt.cache import MemoryLayer, TitansCache, memory_layer
 from ..adapt.rows import rows_of
 from ..adapt.variants import build
 from ..layers.block import Block
+from ..layers.local import TNTMemory
 from ..layers.sealing import Sealing
 from ..layers.state import State
 from .configuration import TitansConfig
@@ -102,6 +104,25 @@ class TitansPreTrainedModel(PreTrainedModel):
         text = f"from titans_kernels.models import {names}  # pip install 'titans_kernels[hf]'\n"
         if Path(save_directory).is_dir():
             Path(save_directory, f"{_POINTER}.py").write_text(text, encoding="utf-8")
+
+    def set_local_chunks(self, local_chunks: Sequence[int]) -> None:
+        """Other chunks for the local memories of all layers, here and in the configuration.
+
+        The second stage of TNT (arXiv 2511.07343) trains a model on with smaller ones. Caches made
+        before are refused by the next call.
+
+        Args:
+            local_chunks (Sequence[int]): tokens of a chunk of each local memory of a layer.
+
+        Raises:
+            TypeError, ValueError: not as many as there are local memories, or not ints.
+        """
+        memories = [part for part in self.modules() if isinstance(part, TNTMemory)]
+        if not memories:
+            raise ValueError(f"local_chunks: got {local_chunks}, the model has no local memories")
+        for memory in memories:
+            memory.set_local_chunks(local_chunks)
+        self.config.local_chunks = list(local_chunks)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

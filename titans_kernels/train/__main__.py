@@ -7,7 +7,8 @@ Reads every text file of a folder, by default the sources of Python's standard l
 `out`: config.json, train.csv, evaluation.csv (held-out bits per byte, by how much has been read),
 checkpoints/ and, at the end, model/ for `from_pretrained`. The same command goes on with a run that
 stopped, exactly as if it had not, on however many processes; with more `steps` also with one that
-has finished.
+has finished. With start=RUN/model it begins with the model of another run; TNT's second stage is
+that with smaller model.local_chunks.
 
 Processes divide the rows of a batch (mesh.data, by default all of them), the tokens of every row
 (mesh.length) and the heads (mesh.heads); FSDP2 divides the parameters among all of the first two.

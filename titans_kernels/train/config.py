@@ -45,6 +45,7 @@ class Config:
 
     out: str = "train-output"  # checkpoints, logs and the model; a run found there goes on
     model: dict[str, Any] = field(default_factory=dict)  # of TitansConfig, over MODEL
+    start: str | None = None  # the model to begin with, a folder; its local_chunks may be others
     data: str | None = None  # a folder of text files; None: the sources of Python's library
     pattern: str = "*.py"  # files in it
     steps: int = 2000  # more than before: a finished run goes on
@@ -88,7 +89,7 @@ class Config:
                 least_is_met = good and (value > 0 or (zero and value == 0))
                 _check(f.name, value, good, takes, least_is_met and math.isfinite(value))
             elif f.name not in ("model", "mesh"):
-                none = f.name == "data" and value is None
+                none = f.name in ("data", "start") and value is None
                 _check(f.name, value, isinstance(value, str) or none, "text", none or value != "")
         self._check_device()
         self._check_mesh()

@@ -45,7 +45,7 @@ class Training:
         self.rows = processes.own_rows(config.rows)
         torch.manual_seed(config.seed)
         self._read_text()
-        self.model = TitansForCausalLM(TitansConfig(**config.model_options()))
+        self.model = model_of(config)
         self.model.to(processes.device).train()
         if config.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
@@ -287,6 +287,24 @@ class Training:
         for file in [*self.files, *self.held_out]:
             checksum = zlib.crc32(file.numpy().tobytes(), checksum)
         return checksum
+
+
+def model_of(config: Config) -> TitansForCausalLM:
+    """A new model, or with the parameters of the one that the run starts with.
+
+    Raises:
+        ValueError: if that one has not all of them, or others.
+    """
+    options = TitansConfig(**config.model_options())
+    if config.start is None:
+        return TitansForCausalLM(options)
+    model, found = TitansForCausalLM.from_pretrained(
+        config.start, config=options, dtype=torch.float32, output_loading_info=True
+    )
+    strange = sorted({*found["missing_keys"], *found["unexpected_keys"]})
+    if strange:
+        raise ValueError(f"start: {config.start} and `model` do not both have {', '.join(strange)}")
+    return model
 
 
 def rate_of(config: Config, step: int) -> float:
