@@ -9,6 +9,8 @@ import triton_support
 
 if not torch.cuda.is_available():
     triton_support.use_interpreter()  # before anything imports triton
+    # Else "auto" would take the interpreter, which is slow. Tests of "auto" set it themselves.
+    os.environ["TITANS_KERNELS_AUTO"] = "torch"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Every worker has a core: more threads would only wait for each other.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, selfcheck
 
 OLDEST_TRITON = 3, 5  # tl.range takes disable_licm from there on
 
@@ -17,18 +17,20 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def choose(backend: str, tokens: Tensor, matrices: Sequence[Tensor], read: str = "token") -> str:
-    """ "torch" or "triton", for tokens [M, H, D] and matrices [N, H, d_in, d_out].
+    """ "torch", "triton" or "auto", for tokens [M, H, D] and matrices [N, H, d_in, d_out].
 
-    One that is named never falls back to another. "auto" takes torch: no GPU has run the Triton
-    kernels yet, so they are there by name only.
+    One that is named never falls back to another. "auto" stays only where Triton covers the case:
+    whether it has passed its check is for the op to find out, which is never traced.
     """
     checks.choice("backend", backend, checks.BACKENDS)
-    if backend != "triton":
+    if backend == "torch" or (backend == "auto" and selfcheck.mode() == "torch"):
         return "torch"
     takes = "read = 'token'; got 'chunk'" if read == "chunk" else _uncovered(tokens, matrices)
-    if takes is not None:
-        raise NotImplementedError(f"backend: got 'triton', which takes {takes}")
-    return "triton"
+    if takes is None:
+        return backend
+    if backend == "auto":
+        return "torch"
+    raise NotImplementedError(f"backend: got 'triton', which takes {takes}")
 
 
 def _uncovered(tokens: Tensor, matrices: Sequence[Tensor]) -> str | None:
@@ -38,12 +40,12 @@ def _uncovered(tokens: Tensor, matrices: Sequence[Tensor]) -> str | None:
     oldest = ".".join(map(str, OLDEST_TRITON))
     if not _HAS_TRITON:
         return f"an installed Triton, {oldest} or newer; found none"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"tensors on a GPU, or TRITON_INTERPRET=1; got device {device}"
     from triton import __version__ as installed
 
     if tuple(map(int, installed.split(".")[:2])) < OLDEST_TRITON:
         return f"Triton {oldest} or newer; found {installed}"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"tensors on a GPU, or TRITON_INTERPRET=1; got device {device}"
     if device.type == "cuda" and tokens.dtype == torch.float64:
         return "float32, bfloat16 or float16 on a GPU; got float64"
     if len(matrices) > 2:

@@ -99,12 +99,23 @@ def neural_memory(
             depends on nothing before it, and all of them are computed side by side. `weights` has
             the gradient of every shard that starts with it. Default: None, no resets.
         backend (str):
-            "auto", "torch" or "triton". One that is named never falls back to another.
+            "torch", "triton" or "auto". One that is named never falls back to another. "auto" is
+            Triton on a GPU where it covers the case and has passed its check there, else PyTorch.
+            See below. Default: "auto".
 
     Returns:
         (o, state): o is [B, T, H, D] in q's dtype; state is None unless asked for. Passing it on as
         `initial_state` continues exactly, wherever the sequence was cut, gradients included. One
         token costs a pass over its open chunk, at most chunk_size tokens.
+
+    With "auto" the kernels check themselves on the GPU that they run on, when a configuration (GPU,
+    versions, sizes, dtypes, options, with or without gradients) is first met: forward and backward
+    on a small problem, compared with the PyTorch backend in float64 by the bounds of `python -m
+    titans_kernels.verify`. What passes is used, and remembered in $TITANS_KERNELS_CACHE, by default
+    the user's cache folder (~/.cache/titans_kernels on Linux). What fails gives one RuntimeWarning,
+    and PyTorch runs. `warmup` checks ahead; before the capture of a CUDA graph that is necessary.
+    TITANS_KERNELS_AUTO=triton leaves the check out, =torch makes "auto" PyTorch, =check is the
+    default. The logger "titans_kernels" tells at level INFO what runs and why.
 
     For gradients it keeps W and S of every 2,048th token of a sequence (Triton) or every 256th to
     512th (PyTorch), which is 128 or at most 1,024 bytes a token and head at D 64 and hidden 256,

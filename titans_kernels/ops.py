@@ -3,6 +3,9 @@
 Ops are flat: tensors, lists of them and scalars in, new tensors out. `backend` names the module
 that computes them, which has `forward`, `backward`, `kept_shapes`, `retrieve`, `retrieve_backward`.
 What backward needs beyond the arguments is an output of forward, where it is asked to save.
+
+"auto" is Triton where it passes its check, which an op asks for when it runs, outside every graph
+that is traced, and else PyTorch. The shapes of what is kept are Triton's either way.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from . import selfcheck
 from .nonfinite import separate
 from .packing import Options, Packed, Reading
 from .transforms import transforming
@@ -31,7 +35,7 @@ _PACKED = (
 )
 _READING = "Tensor q, Tensor[] weights, Tensor? norm, Tensor cu"
 _OPTIONS = "str backend, str activation, bool residual"
-_MODULES = {"torch": "chunked", "triton": "kernels"}
+_MODULES = {"torch": "chunked", "triton": "kernels", "auto": "kernels"}
 _P, _R = len(Packed._fields), len(Reading._fields)
 
 Maybe = Tensor | None
@@ -77,7 +81,7 @@ def _transformed(tensors: Sequence[Tensor], backend: str) -> bool:
     duals = (forward_ad.unpack_dual(x).tangent is not None for x in tensors)
     if not torch._C._are_functorch_transforms_active() and not any(duals):
         return False
-    if backend != "torch":
+    if backend == "triton":
         raise RuntimeError(
             f"backend: got {backend!r}, which takes neither the transforms of torch.func nor dual "
             "numbers; those take backend='torch'"
@@ -98,7 +102,7 @@ def neural_memory(
     """Answers [Mq, H, D]; if asked, weights and momenta, [N, H, d_in, d_out], at the last chunk."""
     chunk_size = min(chunk_size, 2**31 - 1)  # kernels count a chunk's tokens in int32
     if _transformed(packed.differentiable(), backend):
-        return _module(backend).forward(packed, options, chunk_size, longest, [], final)
+        return _module("torch").forward(packed, options, chunk_size, longest, [], final)
     save = _saves(packed.differentiable())
     o, state, _ = _memory(*packed, backend, *options, chunk_size, longest, final, save)
     return o, state
@@ -118,10 +122,14 @@ def _kept(packed: Packed, backend: str, chunk_size: int, save: bool) -> list[Ten
 @_closed
 def _memory(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     packed, (backend, *options, chunk_size, longest, final, save) = Packed(*args[:_P]), args[_P:]
-    kept = _kept(packed, backend, chunk_size, save)
+    kept, how = _kept(packed, backend, chunk_size, save), (Options(*options), chunk_size, longest)
     clean, nonfinite = separate(packed)
-    run = _module(backend).forward
-    o, state = run(clean, Options(*options), chunk_size, longest, kept, final)
+    runs = selfcheck.memory_backend(packed, *how, save) if backend == "auto" else backend
+    given_up = backend == "auto" and runs == "torch"
+    o, state = _module(runs).forward(clean, *how, [] if given_up else kept, final)
+    if given_up:
+        for x in kept:  # backward computes its own, and none may pass for Triton's
+            x.fill_(torch.nan)
     if nonfinite is not None:
         nonfinite.mark(o, state, chunk_size)
     return o, state, kept
@@ -143,9 +151,13 @@ def _(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 @_closed
 def _memory_backward(*args: Any) -> list[Tensor]:
     backend, *options, chunk_size, longest, kept, do, dfinal = args[_P:]
-    clean, nonfinite = separate(Packed(*args[:_P]))
-    run = _module(backend).backward
-    grads = run(clean, Options(*options), chunk_size, longest, kept, do, dfinal)
+    packed, how = Packed(*args[:_P]), (Options(*options), chunk_size, longest)
+    clean, nonfinite = separate(packed)
+    runs = selfcheck.memory_backend(packed, *how, True) if backend == "auto" else backend
+    if backend == "auto" and runs == "torch":
+        kept = _kept(packed, "torch", chunk_size, True)
+        _module("torch").forward(clean, *how, kept, False)
+    grads = _module(runs).backward(clean, *how, kept, do, dfinal)
     if nonfinite is not None:
         nonfinite.mark_gradients(grads)
     return grads
@@ -186,7 +198,7 @@ def _memory_second(ctx: Any, ddgrads: list[Maybe]) -> tuple[Any, ...]:
 
     def forward(*tensors: Tensor) -> list[Tensor]:
         again = packed.like(list(tensors))
-        o, final = _module(backend).forward(again, Options(*options), chunk_size, longest, [], True)
+        o, final = _module("torch").forward(again, Options(*options), chunk_size, longest, [], True)
         return [o, *final]
 
     grads, (ddo, *ddfinal) = _second_vjp(
@@ -207,7 +219,7 @@ torch.library.register_autograd(
 def retrieve(reading: Reading, backend: str, options: Options, longest: int) -> Tensor:
     """Answers [M, H, D]."""
     if _transformed(reading.differentiable(), backend):
-        return _module(backend).retrieve(reading, options, longest)
+        return _module("torch").retrieve(reading, options, longest)
     return _retrieve(*reading, backend, options.activation, options.residual, longest)
 
 
@@ -219,7 +231,9 @@ def retrieve(reading: Reading, backend: str, options: Options, longest: int) -> 
 @_closed
 def _retrieve(*args: Any) -> Tensor:
     reading, (backend, *options, longest) = Reading(*args[:_R]), args[_R:]
-    return _module(backend).retrieve(reading, Options(*options), longest)
+    how = Options(*options), longest
+    runs = selfcheck.reading_backend(reading, *how) if backend == "auto" else backend
+    return _module(runs).retrieve(reading, *how)
 
 
 @_retrieve.register_fake
@@ -235,7 +249,9 @@ def _(q: Tensor, *_: Any) -> Tensor:
 @_closed
 def _retrieve_backward(*args: Any) -> list[Tensor]:
     reading, (backend, *options, longest, do) = Reading(*args[:_R]), args[_R:]
-    return _module(backend).retrieve_backward(reading, Options(*options), longest, do)
+    how = Options(*options), longest
+    runs = selfcheck.reading_backend(reading, *how) if backend == "auto" else backend
+    return _module(runs).retrieve_backward(reading, *how, do)
 
 
 @_retrieve_backward.register_fake
@@ -264,7 +280,7 @@ def _retrieve_second(ctx: Any, ddgrads: list[Maybe]) -> tuple[Any, ...]:
     (backend, *options, longest), (reading, do) = ctx.how, _saved(ctx)
 
     def forward(*tensors: Tensor) -> list[Tensor]:
-        return [_module(backend).retrieve(reading.like(list(tensors)), Options(*options), longest)]
+        return [_module("torch").retrieve(reading.like(list(tensors)), Options(*options), longest)]
 
     grads, (ddo,) = _second_vjp(backend, forward, reading.differentiable(), [do], ddgrads)
     return *_gradients(reading, grads), *[None] * len(ctx.how), ddo
@@ -310,7 +326,7 @@ def _second_vjp(
 
     Through the operations of the PyTorch backend, which autograd can differentiate any further.
     """
-    if backend != "torch":
+    if backend == "triton":
         raise RuntimeError(
             f"backend: got {backend!r}, which takes first derivatives; "
             "second derivatives take backend='torch'"

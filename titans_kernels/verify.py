@@ -10,7 +10,6 @@ Under torchrun it compares sharded layers with one process instead: `titans_kern
 
 import argparse
 import importlib
-import math
 import os
 import platform
 import sys
@@ -19,13 +18,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from titans_kernels import __version__, neural_memory, retrieve
+from titans_kernels.comparison import Bounds, Worst, bounds, worst_error, worst_factor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BATCH, HEADS, HEAD_DIM, EXPANSION = 2, 2, 16, 4
@@ -181,52 +181,6 @@ def measure(run: Run, ops: Operators, x: Arguments, dtype: torch.dtype) -> Measu
     }
 
 
-class Bounds(NamedTuple):
-    """The largest relative errors allowed."""
-
-    forward: float  # in outputs and final state
-    gradient: float
-
-
-def bounds(dtype: torch.dtype, length: int) -> Bounds:
-    """What rounding alone may cost, where nothing in the inner loop amplifies it.
-
-    float64: 1e-11 and 1e-10, what the project promises for every size and setting.
-
-    float32: every token rounds the memory and what is read from it by about eps. The signs are
-    random, so sqrt(length) * eps is one standard deviation; four of them are allowed. The
-    gradient goes that way twice, there and back.
-
-    bfloat16, float16: the reference gets the same rounded q, k and v, and sums are float32 on
-    every backend. The dtype's eps (two roundings) enters where a tensor is stored in it, and
-    where a backend rounds the operands of a matrix product. The longest way to an output, two
-    layers written and two read, has 4 products of 2 operands: 4 eps, and twice that for the
-    gradient, there and back.
-    """
-    eps = torch.finfo(dtype).eps
-    if dtype == torch.float64:
-        return Bounds(1e-11, 1e-10)
-    forward = 4 * eps * (length**0.5 if dtype == torch.float32 else 1)
-    return Bounds(forward, 2 * forward)
-
-
-class Worst(NamedTuple):
-    """The worst relative error among some tensors, and which one has it."""
-
-    error: float
-    name: str
-
-
-def worst_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Worst | None:
-    """The worst of ||found - wanted|| / ||wanted||; a nan is worse than any number."""
-    errors = []
-    for name, reference in wanted.items():
-        difference, scale = float((found[name] - reference).norm()), float(reference.norm())
-        error = difference / scale if scale else (math.inf if difference else 0.0)
-        errors.append(Worst(math.inf if math.isnan(error) else error, name))
-    return max(errors, default=None)
-
-
 @dataclass(frozen=True)
 class Result:
     """One row of the table. Instead of errors it may have a `problem`, why nothing came out."""
@@ -238,13 +192,14 @@ class Result:
     output: Worst | None = None
     state: Worst | None = None  # None where a case has no state
     gradient: Worst | None = None
+    factor: Worst | None = None  # of all of these
     problem: str = ""
     covered: bool = True  # False: the backend says that it does not do this case
 
     @property
     def ok(self) -> bool:
-        limits = (self.bounds.forward, self.bounds.forward, self.bounds.gradient)
-        errors = (self.output, self.state, self.gradient)
+        limits = (self.bounds.forward, *self.bounds)
+        errors = (self.output, self.state, self.gradient, self.factor)
         return not self.problem and all(
             worst is None or worst.error <= limit
             for worst, limit in zip(errors, limits, strict=True)
@@ -286,7 +241,9 @@ def _compare(
     except Exception as error:
         message, *_ = str(error).splitlines() or [""]
         return {"problem": f"{type(error).__name__}: {message}"}
-    return {kind: worst_error(found[kind], wanted[kind]) for kind in wanted}
+    errors: dict[str, Any] = {kind: worst_error(found[kind], wanted[kind]) for kind in wanted}
+    factors = [worst_factor(found[kind], wanted[kind]) for kind in wanted]
+    return errors | {"factor": max(filter(None, factors), default=None)}
 
 
 def _import_reference() -> ModuleType:
@@ -351,9 +308,11 @@ def format_row(result: Result) -> str:
         "-" if worst is None else f"{worst.error:.1e}"
         for worst in (result.output, result.state, result.gradient)
     )
-    forward_bound, gradient_bound = (f"{bound:.1e}" for bound in result.bounds)
+    forward_bound, gradient_bound = (f"{bound:.1e}" for bound in result.bounds[:2])
     gradient += f" {result.gradient.name}" if result.gradient else ""
     verdict = "ok" if result.ok else "FAIL"
+    if result.factor and result.factor.error > result.bounds.factor:
+        verdict += f": {result.factor.name} is wrong by a factor, {result.factor.error:.1e} from 1"
     return ROW.format(*start, output, state, forward_bound, gradient, gradient_bound, verdict)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 
+from . import selfcheck
 from .memory import neural_memory, retrieve
 
 
@@ -32,7 +34,8 @@ def warmup(
     """Compile the kernels of a memory of these sizes, so that no call of a run has to wait for it.
 
     Runs the operators once on zeros: what is compiled is what they launch. Triton keeps it on disk,
-    for every later process too. On a CPU, where "auto" compiles nothing, this does nothing.
+    for every later process too. With backend "auto" the kernels check themselves first, and what
+    passes is remembered likewise. On a CPU, where "auto" is PyTorch, this does nothing.
 
     Args:
         heads, head_dim (int):
@@ -64,7 +67,8 @@ def warmup(
         >>> warmup(heads=6, head_dim=64)  # on a GPU, seconds to minutes, the first time
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if where.type == "cpu" and backend == "auto":
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and selfcheck.mode() != "torch"
+    if where.type == "cpu" and backend == "auto" and not interpreted:
         return
     wide = torch.promote_types(dtype, torch.float32)
     widths = (head_dim, *[hidden or 4 * head_dim] * (depth - 1), head_dim)

@@ -1,0 +1,9 @@
+"""`backend="auto"` on a GPU: the kernels check themselves where they run, once, then they are used.
+
+`configuration` says what a check is good for, `check` runs one, `records` keeps those that passed,
+`decide` is the road between them.
+"""
+
+from .decide import CHECK, MODES, TORCH, memory_backend, mode, reading_backend
+
+__all__ = ["CHECK", "MODES", "TORCH", "memory_backend", "mode", "reading_backend"]

@@ -1,0 +1,126 @@
+"""What a check is good for: all that the kernels are compiled for, and what compiles them."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..packing import Options, Packed, Reading
+
+KERNELS = Path(__file__).parents[1] / "kernels"
+BLOCKS = 256  # tokens: two blocks of the largest tile. Longer sequences run the same code
+MOST = 8192  # tokens that a check runs; chunks longer than half of it do not end in it
+
+
+class Configuration(NamedTuple):
+    """A check that has passed holds for calls that agree in all of this."""
+
+    operator: str  # "neural_memory" or "retrieve"
+    device: str
+    torch: str
+    triton: str
+    kernels: str  # a hash of their sources
+    dtype: str
+    gates: str  # dtypes of theta, alpha and eta; "" where there are none
+    precision: str  # of float32 products: "ieee" or "tf32"
+    head_dim: int
+    hidden: int
+    depth: int
+    per_layer: bool  # whether gates are
+    norm: bool
+    activation: str
+    residual: bool
+    chunk_size: int
+    tokens: int  # of the longest sequence, rounded up to a power of two
+    gradients: bool
+
+    @classmethod
+    def of_memory(
+        cls, packed: Packed, options: Options, chunk_size: int, longest: int, gradients: bool
+    ) -> Configuration:
+        gates = [_name(x.dtype) for x in (packed.theta, packed.alpha, packed.eta)]
+        return cls(
+            "neural_memory",
+            *_environment(packed.q.device),
+            *(_name(packed.q.dtype), ",".join(gates), _precision(packed.q.dtype)),
+            *_network(packed.q, packed.weights),
+            packed.theta.shape[-1] > 1,
+            *(packed.norm is not None, options.activation, options.residual),
+            *(chunk_size, _tokens(longest, chunk_size), gradients),
+        )
+
+    @classmethod
+    def of_reading(cls, reading: Reading, options: Options, longest: int) -> Configuration:
+        return cls(
+            "retrieve",
+            *_environment(reading.q.device),
+            *(_name(reading.q.dtype), "", _precision(reading.q.dtype)),
+            *_network(reading.q, reading.weights),
+            False,
+            *(reading.norm is not None, options.activation, options.residual),
+            *(1, _tokens(longest, 1), True),
+        )
+
+    def __str__(self) -> str:
+        """As a user would say it."""
+        sizes = f"D {self.head_dim}, {self.depth} layers, hidden {self.hidden}"
+        sizes += f", chunk {self.chunk_size}" if self.operator == "neural_memory" else ""
+        training = "with" if self.gradients else "without"
+        return f"{self.operator}, {self.dtype}, {sizes}, {training} gradients, on {self.device}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _network(q: Tensor, weights: list[Tensor]) -> tuple[int, int, int]:
+    return q.shape[-1], weights[0].shape[-1], len(weights)
+
+
+def _tokens(longest: int, chunk_size: int) -> int:
+    """Kernels hold blocks of at most so many tokens, a power of two, and at least a chunk."""
+    most = min(max(BLOCKS, 2 * chunk_size), MOST)
+    return 1 << (max(min(max(longest, chunk_size), most), 16) - 1).bit_length()
+
+
+def _precision(dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "ieee"
+    from ..kernels.launch import _tf32
+
+    return "tf32" if _tf32() else "ieee"
+
+
+def _environment(device: torch.device) -> tuple[str, str, str, str]:
+    return _described(device.type, device.index)
+
+
+@lru_cache
+def _described(kind: str, index: int | None) -> tuple[str, str, str, str]:
+    """The device and the versions of all that makes machine code for it."""
+    import triton
+
+    name = f"{kind}, interpreted"
+    if kind == "cuda":
+        properties = torch.cuda.get_device_properties(index)
+        architecture = getattr(
+            properties, "gcnArchName", f"sm_{properties.major}{properties.minor}"
+        )
+        name = f"{properties.name} ({architecture})"
+    # The compiler for the device comes with CUDA's or ROCm's version, in torch's name.
+    return name, torch.__version__, triton.__version__, _hash()
+
+
+@lru_cache
+def _hash() -> str:
+    """Of the kernels' sources and of what checks them."""
+    sources = [*KERNELS.rglob("*.py"), *Path(__file__).parent.glob("*.py")]
+    digest = hashlib.sha256()
+    for path in sorted(sources):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
