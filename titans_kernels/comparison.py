@@ -54,19 +54,22 @@ class Worst(NamedTuple):
 
 def worst_error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Worst | None:
     """The worst of ||found - wanted|| / ||wanted||; a nan is worse than any number."""
-    errors = []
+    errors = {}
     for name, reference in wanted.items():
         difference, scale = float((found[name] - reference).norm()), float(reference.norm())
-        error = difference / scale if scale else (math.inf if difference else 0.0)
-        errors.append(Worst(math.inf if math.isnan(error) else error, name))
-    return max(errors, default=None)
+        errors[name] = difference / scale if scale else (math.inf if difference else 0.0)
+    return _worst(errors)
 
 
 def worst_factor(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Worst | None:
     """The worst of |f - 1|, where `f wanted` is the multiple that is closest to `found`."""
-    errors = []
+    errors = {}
     for name, reference in wanted.items():
         along, square = ((x * reference).sum() for x in (found[name] - reference, reference))
-        error = abs(float(along / square)) if square else 0.0
-        errors.append(Worst(math.inf if math.isnan(error) else error, name))
-    return max(errors, default=None)
+        errors[name] = abs(float(along / square)) if square else 0.0
+    return _worst(errors)
+
+
+def _worst(errors: Mapping[str, float]) -> Worst | None:
+    numbers = (Worst(math.inf if math.isnan(error) else error, n) for n, error in errors.items())
+    return max(numbers, default=None)

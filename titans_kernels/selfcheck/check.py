@@ -42,7 +42,8 @@ class Failure(NamedTuple):
 
 def check(configuration: Configuration, heads: int, device: torch.device) -> Failure | None:
     """Run the kernels, forward and, with gradients, backward. None: all is within its bounds."""
-    run, problem = _memory, _memory_problem
+    run: Callable[..., Results] = _memory
+    problem: Callable[..., Packed | Reading] = _memory_problem
     if configuration.operator == "retrieve":
         run, problem = _reading, _reading_problem
     x = problem(configuration, heads, device)

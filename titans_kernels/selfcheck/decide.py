@@ -78,6 +78,7 @@ def _decide(configuration: Configuration, heads: int, device: torch.device) -> t
             "titans_kernels.warmup, or a backend that is named"
         )
     start = time.perf_counter()
+    failure: object
     try:
         failure = check(configuration, heads, device)
     except Exception as error:  # whatever a compiler or a driver raises
