@@ -1,8 +1,11 @@
 """The errors that docs/troubleshooting.md quotes are those that users get."""
 
+import os
 import re
+import warnings
 from dataclasses import replace as changed
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +15,9 @@ from transformers.cache_utils import StaticCache
 
 from titans_kernels import NeuralMemory, neural_memory, replace
 from titans_kernels.adapt import TitansAttention
+from titans_kernels.packing import Options, Reading
+from titans_kernels.selfcheck import decide
+from titans_kernels.selfcheck.configuration import Configuration
 
 PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 HEADINGS = re.findall(r"^\*\*(.+)\*\*$", PAGE.read_text(), flags=re.MULTILINE)
@@ -74,7 +80,23 @@ def _crop():
     model(torch.ones(1, 4, dtype=torch.long), use_cache=True).past_key_values.crop(2)
 
 
+def _auto(check=None, capturing=False):
+    """What a configuration that is met for the first time leads to, warnings as errors."""
+    reading = Reading(torch.ones(1, 1, 16), [torch.ones(1, 1, 16, 16)], None, torch.tensor([0, 1]))
+    unknown = Configuration.of_reading(reading, Options("relu", True), 1)._replace(kernels="none")
+    with (
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: capturing),
+        mock.patch.object(decide, "check", lambda *_: check),
+        mock.patch.dict(os.environ, TITANS_KERNELS_AUTO="check"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("error")
+        decide._backend(unknown, 1, torch.device("cuda"))
+
+
 CALLS = [
+    lambda: _auto(check="o is wrong"),
+    lambda: _auto(capturing=True),
     lambda: _memory(backend="triton", read="chunk"),
     lambda: NeuralMemory(16, heads=2, chunk_size=0),
     _state_of_another_chunk,
@@ -96,7 +118,7 @@ def _pattern(quote):
 def test_every_quoted_error_is_one_that_users_get():
     found = []
     for call in CALLS:
-        with pytest.raises((ValueError, TypeError, NotImplementedError)) as caught:
+        with pytest.raises((ValueError, TypeError, RuntimeError, RuntimeWarning)) as caught:
             call()
         found.append(str(caught.value))
         assert any(_pattern(quote).search(found[-1]) for quote in QUOTED), found[-1]
