@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage, run):
     newest, before = sorted((run / "checkpoints").iterdir(), reverse=True)
     (file,) = newest.glob("*.safetensors")
     change(file)
-    with pytest.warns(UserWarning, match=f"{newest.name}/.*{message}.*going on from {before.name}"):
+    with pytest.warns(UserWarning, match=f"{newest.name}/.*{message}.*resuming from {before.name}"):
         found, facts = checkpoint.newest(run / "checkpoints")
     assert found == before and facts["step"] == 2
     _emptied(before)

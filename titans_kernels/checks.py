@@ -120,7 +120,7 @@ def choice(name: str, value: Any, takes: tuple[str, ...]) -> None:
 
 
 def known(values: Iterable[str], names: Iterable[str]) -> None:
-    """Names of options; one that there is not is told the nearest that there is."""
+    """Names of options; the error for an unknown one has the nearest known name."""
     names = sorted(names)
     for name in values:
         if name not in names:

@@ -46,7 +46,7 @@ def neural_memory(
     reset_every: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState | None]:
-    """Titans' neural memory: a small MLP that learns keys to values while it answers queries.
+    """Titans' neural memory: a small MLP, trained on keys and values as they are read.
 
     The memory of every head is `f(x) = [x +] [LN](act(... act(x W_1) ...) W_L)`. Token t's
     surprise is the gradient of its loss, taken at the weights with which its chunk starts (arXiv
@@ -81,7 +81,7 @@ def neural_memory(
             output_final_state=False; a state holds chunk_size tokens of every sequence, at most
             65,536. Default: 16.
         initial_state (MemoryState | None):
-            Where B sequences (N with cu_seqlens) go on; `weights` then gives depth and shapes only
+            What B sequences (N with cu_seqlens) continue from; `weights` then gives shapes only
             and has a zero gradient, but where resets return to it. Made with the same
             reset_every.
         output_final_state (bool):
@@ -104,9 +104,9 @@ def neural_memory(
             See below. Default: "auto".
 
     Returns:
-        (o, state): o is [B, T, H, D] in q's dtype; state is None unless asked for. Passing it on as
-        `initial_state` continues exactly, wherever the sequence was cut, gradients included. One
-        token costs a pass over its open chunk, at most chunk_size tokens.
+        (o, state): o is [B, T, H, D] in q's dtype; state is None without output_final_state. Passed
+        on as `initial_state` it continues exactly, wherever the sequence was cut, gradients
+        included. One token costs a pass over its open chunk, at most chunk_size tokens.
 
     With "auto" the kernels check themselves on the GPU that they run on, when a configuration (GPU,
     versions, sizes, dtypes, options, with or without gradients) is first met: forward and backward
@@ -119,7 +119,7 @@ def neural_memory(
 
     For gradients it keeps W and S of every 2,048th token of a sequence (Triton) or every 256th to
     512th (PyTorch), which is 128 or at most 1,024 bytes a token and head at D 64 and hidden 256,
-    and computes what lies between again, so many tokens at a time.
+    and recomputes what lies between, so many tokens at a time.
 
     `torch.compile(fullgraph=True)` and `torch.export` take it, once for all lengths; cu_seqlens is
     not looked at there. ONNX has no form of it: `torch.onnx.export` refuses it. Under autocast it
@@ -186,8 +186,8 @@ def neural_memory(
         shards = shard(packed, tuple(weights), initial_state, q.shape[1], cu_seqlens, reset_every)
         packed, position = shards.packed, shards.position
         longest, moves = torch.sym_min(longest, reset_every), True
-    asked = output_final_state and moves
-    o, final = ops.neural_memory(packed, chosen, options, chunk_size, longest, asked)
+    final_too = output_final_state and moves
+    o, final = ops.neural_memory(packed, chosen, options, chunk_size, longest, final_too)
     o = o.view(q.shape)
     if not output_final_state:
         return o, None
@@ -207,7 +207,7 @@ def retrieve(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Ask a memory without teaching it: `o_t = f(q_t; W)` (arXiv 2501.00663, equation 15).
+    """A forward pass of the memory without an update: `o_t = f(q_t; W)` (arXiv 2501.00663, eq. 15).
 
     Args:
         q (Tensor):

@@ -2,10 +2,10 @@
 
 Ops are flat: tensors, lists of them and scalars in, new tensors out. `backend` names the module
 that computes them, which has `forward`, `backward`, `kept_shapes`, `retrieve`, `retrieve_backward`.
-What backward needs beyond the arguments is an output of forward, where it is asked to save.
+What backward needs beyond the arguments is an output of forward, where `save` is set.
 
-"auto" is Triton where it passes its check, which an op asks for when it runs, outside every graph
-that is traced, and else PyTorch. The shapes of what is kept are Triton's either way.
+"auto" is Triton where it passes its check, which runs when the op does, outside every graph that is
+traced, and else PyTorch. The shapes of what is kept are Triton's either way.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _saves(tensors: Sequence[Tensor]) -> bool:
 def neural_memory(
     packed: Packed, backend: str, options: Options, chunk_size: int, longest: int, final: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Answers [Mq, H, D]; if asked, weights and momenta, [N, H, d_in, d_out], at the last chunk."""
+    """Outputs [Mq, H, D]; with `final`, W and S at the last whole chunk, [N, H, d_in, d_out]."""
     chunk_size = min(chunk_size, 2**31 - 1)  # kernels count a chunk's tokens in int32
     if _transformed(packed.differentiable(), backend):
         return _module("torch").forward(packed, options, chunk_size, longest, [], final)
@@ -217,7 +217,7 @@ torch.library.register_autograd(
 
 
 def retrieve(reading: Reading, backend: str, options: Options, longest: int) -> Tensor:
-    """Answers [M, H, D]."""
+    """Outputs [M, H, D]."""
     if _transformed(reading.differentiable(), backend):
         return _module("torch").retrieve(reading, options, longest)
     return _retrieve(*reading, backend, options.activation, options.residual, longest)

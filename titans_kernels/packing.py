@@ -31,9 +31,10 @@ Tokens = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # k, v, theta, alpha, et
 
 
 class Packed(NamedTuple):
-    """N sequences in order, sequence n at `bounds[n]`. Rows between them are nobody's.
+    """N sequences in order, sequence n at `bounds[n]`. Rows between them are padding.
 
-    Its first `tail[n]` tokens are learned but not asked; the query of the next one is `ask[n]`.
+    Its first `tail[n]` tokens, the open chunk's, update the memory but have no query; the query of
+    the next one is `ask[n]`.
     """
 
     q: Tensor  # [Mq, H, D]
@@ -59,11 +60,11 @@ class Packed(NamedTuple):
         q, k, v, theta, alpha, eta = tensors[:6]
         weights, momentum = _halves(tensors[6 : 6 + 2 * len(self.weights)])
         norm = None if self.norm is None else tensors[-1]
-        learned = weights, momentum, norm
-        return Packed(q, k, v, theta, alpha, eta, *learned, self.bounds, self.tail, self.ask)
+        memory = weights, momentum, norm
+        return Packed(q, k, v, theta, alpha, eta, *memory, self.bounds, self.tail, self.ask)
 
     def tokens(self) -> Tokens:
-        """What is learned."""
+        """What updates the memory."""
         return self.k, self.v, self.theta, self.alpha, self.eta
 
     def lengths(self) -> Tensor:
@@ -189,7 +190,7 @@ def _in_place_of(weights: Tensor, state: Tensor) -> Tensor:
 
 
 def _ordinary(state: MemoryState) -> MemoryState:
-    """What inference mode made cannot be kept for backward, its copy can. Compilers do not ask."""
+    """Tensors of inference mode cannot be saved for backward, their copies can."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return state
     return state.map(lambda x: x.clone() if x.is_inference() else x)
@@ -236,9 +237,9 @@ def _copy_behind(
 
 
 def pack_open_chunks(state: MemoryState, norm: Norm | None) -> Packed:
-    """A state's open chunks as sequences that nobody asks, made whole by tokens that do nothing.
+    """A state's open chunks as sequences without queries, padded to whole chunks.
 
-    What fills them up has gates of 0. That clears the momentum, which a reader does not need.
+    Padding has gates of 0. That clears the momentum, which reading does not need.
     """
     state = _ordinary(state)
     N, C = state.k.shape[:2]
@@ -277,9 +278,9 @@ def unpack(
         place = place.clamp(max=M - 1).flatten()
         tokens = [x.index_select(0, place) for x in tokens]
     tokens = [x.view(N, chunk_size, *x.shape[1:]) for x in tokens]
-    if not in_chunks or final or torch.is_grad_enabled():  # what is nobody's has no gradient either
-        nobody = (offset >= length[:, None])[:, :, None, None]
-        tokens = [x.masked_fill(nobody, 0.0) for x in tokens]
+    if not in_chunks or final or torch.is_grad_enabled():  # padding has no gradient either
+        padding = (offset >= length[:, None])[:, :, None, None]
+        tokens = [x.masked_fill(padding, 0.0) for x in tokens]
     k, v, *gates = tokens
     theta, alpha, eta = (x.view(N, chunk_size, *gate_shape) for x in gates)
     state = final or [*packed.weights, *packed.momentum]

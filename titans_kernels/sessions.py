@@ -9,7 +9,7 @@ model, or of a host with Titans layers, keys and values of its attention include
     out, state = layer(more, state)           # or: model.generate(more, past_key_values=cache)
 
 `move`, `clone` and `detach` take all of these; states have `.to`, `.clone` and `.detach` of their
-own. A host is told by its mask how much it has read: `model.generate(more, past_key_values=cache,
+own. A host takes from its mask how much it has read: `model.generate(more, past_key_values=cache,
 attention_mask=torch.ones(B, cache.get_seq_length() + more.shape[1]))`.
 """
 
@@ -77,7 +77,7 @@ def move(session: T, device: torch.device | str) -> T:
 
 
 def clone(session: T) -> T:
-    """A copy with tensors of its own, to go on in two ways."""
+    """A copy with tensors of its own, so that a sequence can continue in two ways."""
     return _mapped(session, Tensor.clone)
 
 

@@ -69,7 +69,7 @@ class Runs(NamedTuple):
     n: Tensor  # [R] its sequence
     begin: Tensor  # [R] its first token, counted from the first of its sequence
     end: Tensor  # [R]
-    opens: Tensor  # [R] bool, whether it is its sequence's first: it goes on with what had begun
+    opens: Tensor  # [R] bool, whether it is its sequence's first, which continues an open one
     last: Tensor  # [N] the last run of every sequence
     position: Tensor  # [N] tokens in it, those before the call included
 
@@ -102,7 +102,7 @@ def shard(
     cu_seqlens: Tensor | None,
     reset_every: int,
 ) -> Shards:
-    """Every sequence as its shards: the first goes on from the state, later ones from `weights`."""
+    """Every sequence as its shards: the first continues the state, later ones `weights`."""
     tail = packed.tail
     N, first = len(tail), packed.bounds[:, 0] + tail  # its first new token
     new = packed.bounds[:, 1] - first

@@ -92,7 +92,7 @@ class MemoryState(State):
     """The memory of N sequences after any number of tokens.
 
     `weights` and `momentum` stand at the last whole chunk. The tokens since then, the open chunk,
-    are kept beside them, so that a sequence may be cut anywhere and goes on exactly as if it had
+    are kept beside them, so that a sequence may be cut anywhere and continues exactly as if it had
     not been. States may share tensors: make new ones, do not write into them. A pytree:
     `torch.utils._pytree.tree_map` reaches every tensor; `torch.load` takes it with
     `weights_only=True`.
@@ -103,7 +103,7 @@ class MemoryState(State):
         momentum (tuple[Tensor, ...]): likewise, S of `S_t = eta_t S_{t-1} - theta_t g_t`.
         k, v (Tensor): [N, chunk_size, H, D], the open chunk's tokens first, then zeros.
         theta, alpha, eta (Tensor): [N, chunk_size, H] or [N, chunk_size, H, L], likewise.
-            Go on with gates of the same dtype: others are rounded to theirs.
+            Continue with gates of the same dtype: others are rounded to theirs.
         length (Tensor): [N] int32, tokens in the open chunk, 0 to chunk_size - 1.
         position (Tensor | None): [N] int32, tokens since the last reset, 0 to reset_every: at
             reset_every the next token resets the memory. None in a memory without resets.

@@ -1,4 +1,4 @@
-"""Does this installation compute what the definition says? `python -m titans_kernels.verify`
+"""Does this installation agree with the definition? `python -m titans_kernels.verify`
 
 Every operator is run in every dtype on every backend that works on this machine, outputs, final
 states and gradients, and compared with the float64 reference, which goes token by token and takes
@@ -55,7 +55,7 @@ def _learn(ops: Operators, x: Arguments) -> tuple[Tensor, Any]:
 
 
 def _stream(ops: Operators, x: Arguments) -> tuple[Tensor, Any]:
-    """The same in four pieces, cut inside chunks, each going on from the last one's state."""
+    """The same in four pieces, cut inside chunks, each continuing from the last one's state."""
     length = x["q"].shape[1]
     outputs, state = [], None
     for start, end in pairwise([0, length // 4, length // 4 + 1, length - 5, length]):
@@ -194,7 +194,7 @@ class Result:
     gradient: Worst | None = None
     factor: Worst | None = None  # of all of these
     problem: str = ""
-    covered: bool = True  # False: the backend says that it does not do this case
+    covered: bool = True  # False: the backend refuses this case
 
     @property
     def ok(self) -> bool:

@@ -1,8 +1,8 @@
-"""What a host tells its attention, and what of it a memory reads.
+"""The arguments that a host passes to its attention, and which of them a memory reads.
 
 Each argument of a call is known by its name: a mask, a cache, packed sequences, positions, or one
-that says only how to compute. Whatever else differs from its default is refused by name: a memory
-that ignored it would compute something that nobody asked for.
+about how to compute. Whatever else differs from its default is refused by name: a memory that
+ignored it would silently compute something else.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Told(NamedTuple):
     cache: Any = None
     cu_seqlens: Tensor | None = None
     position_ids: Tensor | None = None
-    restarts: Tensor | None = None  # [B, T], where positions are 0, as far as rotations say so
+    restarts: Tensor | None = None  # [B, T], where positions are 0, as far as rotations show it
     residual: Tensor | None = None
 
 
@@ -71,7 +71,7 @@ def understood(
     beside: bool = False,
     masks: frozenset[str] = MASKS,
 ) -> Told:
-    """What the arguments of a call beside its input tell a memory.
+    """What a memory reads of the arguments of a call beside its input.
 
     Args:
         arguments: by the names that the host knows them by.
@@ -110,7 +110,7 @@ def understood(
         elif name == "position_ids":
             found[name] = value
         elif name == "position_embeddings" and isinstance(value, Tensor) and value.is_complex():
-            found["restarts"] = (value == 1).all(-1)  # Llama 4 tells its attention no positions
+            found["restarts"] = (value == 1).all(-1)  # Llama 4 passes its attention no positions
         elif name not in POSITIONS and not (beside and name in OF_ATTENTION):
             _refuse_unless_default(name, value, defaults)
     return Told(**found)

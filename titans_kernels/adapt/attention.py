@@ -17,7 +17,7 @@ from .variants import build
 
 READS_ON = (
     "attention that sees both ways becomes a memory that reads left to right in {}; "
-    "replace(..., causal=True) says that this is meant"
+    "replace(..., causal=True) states that this is meant"
 )
 _NO_DEFAULTS: dict[str, Any] = {}
 
@@ -27,7 +27,7 @@ class TitansAttention(nn.Module):
 
     `(hidden_states, attention_mask, past_key_values, use_cache, ..., cu_seqlens)` ->
     `(out, None, past_key_values)`. Reads left to right, whatever the mask: of a mask it takes which
-    tokens are padding, which it neither reads nor answers (zeros), and where sequences begin.
+    tokens are padding, which it does not read (their outputs are 0), and where sequences begin.
 
     Args:
         hidden_size (int): width of the model.
@@ -74,11 +74,11 @@ class TitansAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         **host: Any,
     ) -> tuple[Tensor, None, Any]:
-        """`host`: what else a model tells its attention, such as rotary embeddings.
+        """`host`: what else a model passes to its attention, such as rotary embeddings.
 
-        As attention does, it goes on from the state in past_key_values, and leaves its own there,
+        Like attention, it continues from the state in past_key_values and stores its own there,
         whenever there is a cache; use_cache and output_attentions are the convention's. Arguments
-        that say something else than where tokens are, or how to compute, are refused by name.
+        other than the places of tokens and how to compute are refused by name.
         """
         named = {
             "attention_mask": attention_mask,

@@ -85,7 +85,7 @@ class TitansCache(Cache):
         return sessions.move(self, device)
 
     def clone(self) -> TitansCache:
-        """A copy, to go on in two ways."""
+        """A copy, so that a sequence can continue in two ways."""
         return sessions.clone(self)
 
     def detach(self) -> TitansCache:

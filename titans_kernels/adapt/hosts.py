@@ -72,7 +72,7 @@ def signature(module: nn.Module) -> tuple[tuple[str, ...], dict[str, Any]]:
 
 
 def form(module: nn.Module, dim: int) -> Form:
-    """What the module returns, with nothing where a memory has nothing to say."""
+    """The form of what the module returns."""
     hosted = _parameters(module)[0].name in ("hidden_states", "hidden_state")
     return returned(module) if hosted else tried(module, dim)
 
@@ -80,14 +80,14 @@ def form(module: nn.Module, dim: int) -> Form:
 def masks(module: nn.Module) -> frozenset[str]:
     """Where a mask of which 1 and True are tokens may come.
 
-    Elsewhere than in transformers `mask` may say the opposite, and is refused.
+    Elsewhere than in transformers `mask` may mean the opposite, and is refused.
     """
     of_transformers = type(module).__module__.startswith("transformers.")
     return MASKS if of_transformers else MASKS - {"mask"}
 
 
 def sees_both_ways(module: nn.Module) -> bool:
-    """Whether this is attention of an encoder, as far as transformers says so."""
+    """Whether this is attention of an encoder, as far as transformers marks it."""
     if not type(module).__module__.startswith("transformers."):
         return False
     causal = getattr(module, "is_causal", None)
@@ -101,7 +101,7 @@ def sees_both_ways(module: nn.Module) -> bool:
 
 
 def chunk(module: nn.Module) -> int | None:
-    """After how many tokens attention does not see the token before, though the sequence goes on.
+    """After how many tokens attention no longer reaches back, within one sequence.
 
     Llama 4 attends within chunks; a window of one token is a chunk of one.
     """

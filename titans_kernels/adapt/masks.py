@@ -19,7 +19,7 @@ HIDDEN = -9e3  # what is added to scores to hide a token: -1e4, also in bfloat16
 def read(
     mask: Any, batch: tuple[int, int], device: torch.device, seen: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Which of the tokens [B, T] are no padding, and which begin a sequence, where a mask says so.
+    """Which tokens [B, T] are not padding, and which begin a sequence, where a mask has that.
 
     Args:
         mask: [B, K] with 0 at padding, or [B, 1 or heads, 1 or T, K], of 0 and 1 or added to the

@@ -3,7 +3,7 @@
 The recipe is `config.titans_kernels`, a list with an entry per call of `replace`; `save_pretrained`
 writes it into config.json. transformers does not know it: loaded by transformers alone, such a
 model would have random weights where its memories were. An empty tensor in the checkpoint, named
-for what does load it, makes the load report say so.
+for what does load it, appears in the load report.
 """
 
 from __future__ import annotations

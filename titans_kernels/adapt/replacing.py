@@ -59,16 +59,16 @@ def replace(
             is trained. The memory is the submodule `titans` of the attention, its gate
             `titans.gate`: with PEFT, `modules_to_save=["titans"]` trains and saves both, and
             `modules_to_save=["titans.gate"]` the gate beside LoRA of the memory's projections.
-        dim, heads (int | None): of the Titans layer. Default: what the attention says it has.
+        dim, heads (int | None): of the Titans layer. Default: those of the attention.
         causal (bool): states that reading left to right is meant, where attention sees both ways
-            (BERT, ViT, ...), and silences the warning that says so.
+            (BERT, ViT, ...), and silences the warning about it.
         options: as the block of that variant takes them: segment, window, chunk_size, ...
 
     Returns:
         The names of the chosen modules; of one that is used in several places, all of them.
 
     Raises:
-        ValueError: nothing matches, a module does not say its dim or heads, is cross-attention, or
+        ValueError: nothing matches, a module has no known dim or heads, is cross-attention, or
             does more than attention, such as adding the residual.
         TypeError: a module is not called as attention is.
 

@@ -1,7 +1,7 @@
-"""Padded batches, as attention is told about them, and the packed sequences that memories read.
+"""Padded batches, as attention gets them, and the packed sequences that memories read.
 
-A memory learns what it reads, so it must not read padding. Masks say which tokens are padding, on
-either side or in between, and which begin a new sequence in the middle of a row.
+A memory is trained on what it reads, so it must not read padding. Masks have which tokens are
+padding, on either side or in between, and which begin a new sequence in the middle of a row.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def rows_of(
 
     Args:
         attention_mask: as `masks.read` takes it.
-        position_ids: [B, T]. Where no mask says so, a position that does not follow the one before
-            begins a sequence.
-        past: whether the rows go on from earlier ones, so that no sequence begins here.
+        position_ids: [B, T]. Without a mask, a position that does not follow the one before begins
+            a sequence.
+        past: whether the rows continue earlier ones, so that no sequence begins here.
         seen: the place of x in the mask. Default: at its end.
-        chunk: after how many tokens attention forgets, though the sequence goes on.
+        chunk: after how many tokens attention no longer reaches back, within one sequence.
     """
     if attention_mask is None and (position_ids is None or past or x.shape[1] < 2):
         return None
@@ -90,7 +90,7 @@ def rows_of(
 
 
 def _of_chunks(real: Tensor, begins: Tensor, position_ids: Tensor | None, chunk: int) -> Tensor:
-    """Which of the beginnings [B, T] are those of a chunk in a sequence that goes on."""
+    """Which of the beginnings [B, T] are those of a chunk within a sequence."""
     place = real.cumsum(1) - 1
     grid = (place % chunk == 0) & (place > 0)
     if position_ids is not None and position_ids.dim() == 2:
@@ -135,7 +135,7 @@ def rows_once(
     found = _KNOWN.get(source)
     if found is not None and found[0] == key and (not copied or torch.equal(found[1], source)):
         return found[2]
-    with torch.inference_mode(False), torch.no_grad():  # for training too, whoever asks first
+    with torch.inference_mode(False), torch.no_grad():  # training may use it too
         copy = source.clone() if copied else None
         found = key, copy, made()
     _KNOWN[source] = found

@@ -1,7 +1,7 @@
 """What a module returns and whether it adds its input, read from the source of its forward.
 
-A module that takes another's place has to return what that one does. A signature does not say it,
-and a host's attention cannot be tried out: it wants rotary embeddings, masks, caches.
+A module that takes another's place has to return the same form. A signature does not have it, and a
+host's attention cannot be called to find out: it needs rotary embeddings, masks, caches.
 """
 
 from __future__ import annotations

@@ -100,12 +100,12 @@ class TitansPytorchMemory(nn.Module):
         adaptive_step_transform, default_step_transform_max_lr
                               the rate of a loss that is a mean: theta of `neural_memory`, whose
                               loss is a sum, is 1 / dim_head of it
-        use_accelerated_scan  either: it says how to compute, which is the operator's business
+        use_accelerated_scan  either: how to compute is the operator's choice
         dim, dim_head, heads, activation, momentum, pre_rmsnorm, post_rmsnorm, qk_rmsnorm,
         per_parameter_lr_modulation, max_mem_layer_modulation, per_head_learned_parameters,
         init_adaptive_step_bias, init_momentum_bias, init_decay_bias
                               as there
-        all others            at their defaults; `ONLY` in this file says why
+        all others            at their defaults; `ONLY` has the reasons
 
     `init_weights`, `init_momentum`, `retrieve_memories` and `mem_state_detach` are there too;
     `store_memories` and MemoryAsContextTransformer are refused by name.
@@ -114,7 +114,7 @@ class TitansPytorchMemory(nn.Module):
         backend (str): the one argument of ours: "auto", "torch" or "triton".
 
     Raises:
-        ValueError, TypeError: an argument that asks for another memory or does not fit; it names
+        ValueError, TypeError: an argument of another form of memory, or one that does not fit, with
             what it got and what it takes.
 
     Examples:
@@ -240,13 +240,13 @@ class TitansPytorchMemory(nn.Module):
         return_surprises: bool = False,
         ttt_batch_size: int | None = None,
     ) -> tuple[Tensor, NeuralMemState]:
-        """Learn store_seq and answer seq: token t by the memory that has learned t.
+        """Train on store_seq and read with seq: token t reads the memory after the update of t.
 
         Args:
             seq (Tensor): [B, T, dim]; [B, dim] is T = 1.
             store_seq (Tensor | None): [B, T, dim]; with one token of seq any number, after all of
-                which it is answered. Default: seq.
-            state (NeuralMemState | None): where the sequences go on.
+                which it reads. Default: seq.
+            state (NeuralMemState | None): what the sequences continue from.
             detach_mem_state (bool): whether the returned state is cut off from the graph.
             store_mask (Tensor | None): [B, T] bool; the learning rate is 0 where False.
             ttt_batch_size (int | None): in the place of batch_size, from the first token on.
@@ -264,9 +264,9 @@ class TitansPytorchMemory(nn.Module):
         self._check(seq, stored, store_mask, state, chunk_size)
 
         together = seq.shape[1] == stored.shape[1]
-        x, asked = self.store_norm(stored), self.retrieve_norm(seq)
+        x, normed = self.store_norm(stored), self.retrieve_norm(seq)
         k, v = self.k_norm(self._heads(self.to_keys(x))), self._heads(self.to_values(x))
-        q = self.q_norm(self._heads(self.to_queries(asked)))
+        q = self.q_norm(self._heads(self.to_queries(normed)))
         theta, alpha, eta = self._gates(x, store_mask)
         weights = tuple(w.expand(self.heads, -1, -1) for w in self.memory_model_parameters())
         o, memory = neural_memory(
@@ -277,7 +277,7 @@ class TitansPytorchMemory(nn.Module):
             **self._form,
         )
         assert memory is not None
-        o = self._answer(o if together else retrieve(q, memory, **self._form), asked)
+        o = self._output(o if together else retrieve(q, memory, **self._form), normed)
         seen = stored.shape[1] + (0 if state is None else state.seq_index)
         state = NeuralMemState(seen, memory)
         return o, state.detach() if detach_mem_state else state
@@ -299,7 +299,7 @@ class TitansPytorchMemory(nn.Module):
         return {name: torch.zeros_like(w)[None] for name, w in self.init_weights(batch).items()}
 
     def retrieve_memories(self, seq: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        """What memories answer to seq, and learn nothing: [B, T, dim].
+        """Read memories with seq, without an update: [B, T, dim].
 
         Args:
             seq (Tensor): [B, T, dim].
@@ -319,13 +319,13 @@ class TitansPytorchMemory(nn.Module):
             takes = (B * self.heads, *self.memory_model_parameter_dict[name].shape[-2:])
             checks.shape(f"weights[{name!r}]", w, takes, "[B * heads, d_in, d_out]")
             matrices.append(w.unflatten(0, (B, self.heads)))
-        asked = self.retrieve_norm(seq)
-        q = self.q_norm(self._heads(self.to_queries(asked)))
+        normed = self.retrieve_norm(seq)
+        q = self.q_norm(self._heads(self.to_queries(normed)))
         wide = tuple(w.to(torch.promote_types(q.dtype, torch.float32)) for w in matrices)
         nothing, gates = q.new_zeros(B, 1, *q.shape[2:]), q.new_zeros(B, 1, self.heads)
         length = torch.zeros(B, dtype=torch.int32, device=q.device)
         state = MemoryState(wide, wide, nothing, nothing, gates, gates, gates, length)
-        return self._answer(retrieve(q, state, **self._form), asked)
+        return self._output(retrieve(q, state, **self._form), normed)
 
     def store_memories(self, *_: Any, **__: Any) -> NoReturn:
         """Refused, by name and with what to do instead."""
@@ -335,10 +335,10 @@ class TitansPytorchMemory(nn.Module):
     def _form(self) -> dict[str, Any]:
         return {"activation": "gelu", "residual": False, "backend": self.backend}
 
-    def _answer(self, o: Tensor, asked: Tensor) -> Tensor:
+    def _output(self, o: Tensor, normed: Tensor) -> Tensor:
         o = self.multihead_rmsnorm(o)
         if self.retrieve_gate is not None:
-            o = o * self.retrieve_gate(asked).sigmoid()[..., None]
+            o = o * self.retrieve_gate(normed).sigmoid()[..., None]
         return self.combine_heads(o.flatten(2))
 
     def _check(self, seq: Tensor, stored: Tensor, mask: Any, state: Any, chunk_size: int) -> None:
@@ -346,8 +346,8 @@ class TitansPytorchMemory(nn.Module):
         for name, x in (("seq", seq), ("store_seq", stored)):
             if x.dim() != 3 or x.shape[-1] != self.dim:
                 raise ValueError(f"{name}: got shape {list(x.shape)}, takes {takes}")
-        (B, T), answered = stored.shape[:2], seq.shape[1]
-        if seq.shape[0] != B or answered not in (1, T):
+        B, T = stored.shape[:2]
+        if seq.shape[0] != B or seq.shape[1] not in (1, T):
             raise ValueError(f"seq: got {list(seq.shape[:2])} tokens, takes {[B, T]} or {[B, 1]}")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (B, T)):
             got = f"{mask.dtype} {list(mask.shape)}"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-# Arguments that take one value, and what another one would ask for.
+# Arguments that take one value, and why no other.
 ONLY: dict[str, tuple[Any, str]] = {
     "store_memory_loss_fn": (None, "the loss is the mean of (M(k) - v)^2 over the head"),
     "attn_pool_chunks": (False, "chunks of one token leave nothing to pool"),
     "momentum_order": (1, "momentum is of first order"),
     "learned_momentum_combine": (False, "momentum is of first order"),
     "learned_combine_include_zeroth": (False, "momentum is of first order"),
-    "num_kv_per_token": (1, "a token teaches one key and value"),
+    "num_kv_per_token": (1, "a token has one key and one value"),
     "qkv_receives_diff_views": (False, "keys and values are made of the same tokens"),
     "max_grad_norm": (None, "surprises are not clamped"),
     "accept_weight_residual": (False, "memories of other layers are not taken"),
@@ -22,7 +22,7 @@ ONLY: dict[str, tuple[Any, str]] = {
         "its LayerNorm's scale is learned while reading; titans_kernels.NeuralMemory has a "
         "residual and a LayerNorm that is learned in training",
     ),
-    "store_with_lookahead_value": (False, "a token teaches its own value"),
+    "store_with_lookahead_value": (False, "a key is trained on the value of its own token"),
     "prev_weights": (None, "memories of other layers are not taken"),
     "return_surprises": (False, "losses of single tokens are not kept"),
 }
@@ -46,7 +46,7 @@ ELSEWHERE: dict[str, str] = {
     ),
     "MemoryMLP": "model takes theirs, and default_model_kwargs makes one",
     "store_memories": "it returns the weights after every token, which are never made here; call "
-    "the module, which learns and returns the state: retrieved, state = memory(seq, state=state)",
+    "the module, which updates the memory and returns it: retrieved, state = memory(seq, state=s)",
 }
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-OLDEST = (5, 23)  # setup.py says the same; older ones call caches and configurations otherwise
+OLDEST = (5, 23)  # as in setup.py; older ones call caches and configurations otherwise
 
 
 def check_transformers() -> None:
     """Refuse a transformers that is older than supported, by number.
 
     Raises:
-        ImportError: it is older. Where there is none, importing it says so.
+        ImportError: it is older. Without any, its import fails by itself.
     """
     try:
         got = version("transformers")

@@ -1,6 +1,6 @@
 """The three steps of a block of tokens, each with its derivative right below it.
 
-`errors` learns from the block's keys, chunk after chunk; `read` answers its queries, all at once;
+`errors` goes through the block's keys, chunk after chunk; `read` takes its queries, all at once;
 `advance` moves the state to the block's end. Lists are per memory layer, tensors [R, tokens, width]
 with R every sequence and head.
 """
@@ -199,7 +199,7 @@ def read_links(
 
 
 def read(q: Tensor, links: list[Link], network: Network) -> Tensor:
-    """Answers [R, n, D] to queries."""
+    """Outputs [R, n, D] of queries."""
     h = q
     for layer, link in enumerate(links):
         y = pull(h, link).out

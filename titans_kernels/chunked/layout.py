@@ -1,8 +1,8 @@
 """Where every token of every sequence goes: sequences to blocks of one size, chunks kept whole.
 
-`chunk_size` is semantics: it says where gradients are anchored. The block is cost: it says how
-often weights are materialised. A short chunk shares its block with others; a long one spans
-several blocks and none crosses its end.
+`chunk_size` is semantics: where gradients are anchored. The block is cost: how often weights are
+materialised. A short chunk shares its block with others; a long one spans several blocks and none
+crosses its end.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class Layout:
                 end = (total // C * C - position[..., :1]).clamp(0, N)[..., 0]
         else:
             full = per_chunk * N == C and shortest >= ceil(stop / per_chunk) * C
-            # The last block of a chunk that stays open: nobody reads the state behind it.
+            # The last block of a chunk that stays open: the state behind it is not read.
             moves = longest // C * per_chunk >= stop or self.blocks(here[0]) > stop
             for i in range(start, stop):
                 chunks = i // per_chunk + 1

@@ -32,7 +32,7 @@ def forward(
     kept: list[Tensor],
     final: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Answers and final state, if asked; where there is anything to keep, it is filled in."""
+    """Outputs, and with `final` the final state; fills in what is to be kept for backward."""
     checkpoints = Checkpoints(kept, len(packed.weights)) if kept else None
     return run(packed, _layout(packed, chunk_size), options, checkpoints, final)
 

@@ -53,7 +53,7 @@ def _layout(cu: Tensor) -> Layout:
 
 
 def recall(reading: Reading, options: Options) -> Tensor:
-    """Answers [M, H, D], made of differentiable operations."""
+    """Outputs [M, H, D], made of differentiable operations."""
     layout, dtype = _layout(reading.cu), accumulator(reading.q)
     out = torch.zeros_like(reading.q, memory_format=torch.contiguous_format)
     weights = [layout.sort(w) for w in reading.weights]

@@ -234,7 +234,7 @@ def run(
     kept: Checkpoints | None = None,
     final: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Answers and final state, if asked, made of differentiable operations."""
+    """Outputs, and with `final` the final state, made of differentiable operations."""
     heads = packed.k.shape[1]
     o = torch.zeros_like(packed.q, memory_format=torch.contiguous_format)
     if layout.still and not final:
@@ -253,17 +253,17 @@ def run(
         if kept is not None and span.start:
             kept.keep(span, anchor, running)
         walk = Walk(span, packed, layout, options)
-        answers = []
+        outputs = []
         for i in range(span.stop - span.start):
             chunks, X, D = walk.learn(i, anchor, 1)
             if walk.asks:
-                answers.append(walk.answer(i, running, chunks, X, D))
+                outputs.append(walk.answer(i, running, chunks, X, D))
             before = running
             anchor, running = walk.hand_on(i, anchor, running, X, D, memory)
             if memory is not None and before is not anchor and before is not running:
                 memory.give(before)
         if walk.asks:
-            walk.box.queries.put(o, torch.stack(answers))
+            walk.box.queries.put(o, torch.stack(outputs))
     if not final:
         return o, []
     finished.append(anchor)
@@ -272,7 +272,7 @@ def run(
 
 
 def _run_still(packed: Packed, layout: Layout, options: Options, o: Tensor) -> None:
-    """The walk where it is one block that moves nothing. Fills in the answers."""
+    """The walk where it is one block that moves nothing. Fills in the outputs."""
     for span in layout.spans():
         state = [
             Apart(*(layout.sort(x)[: span.sequences].flatten(0, 1) for x in layer))

@@ -1,1 +1,1 @@
-"""A small byte-level language model whose memory learns while it reads: see `__main__`."""
+"""A small byte-level language model whose memory is trained while it reads: see `__main__`."""

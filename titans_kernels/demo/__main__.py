@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = read_text()
     model = _trained(text, size, options)
     same = _read(model, text, size, options)
-    print("\nDoes this installation compute what the definition says?", flush=True)
+    print("\nDoes this installation agree with the definition?", flush=True)
     verified = verify.main(["--quick", "--device", options.device])
     return 0 if same and verified == 0 else 1
 

@@ -56,7 +56,7 @@ class ByteModel(nn.Module):
         self.norm = nn.RMSNorm(dim)
 
     def forward(self, text: Tensor, states: States | None = None) -> tuple[Tensor, States]:
-        """[B, T] bytes -> logits [B, T, 256] of the bytes that follow, and what to go on with."""
+        """[B, T] bytes -> logits [B, T, 256] of the bytes that follow, and the state."""
         x, after = self.embedding(text), []
         for i, block in enumerate(self.blocks):
             x, state = block(x, states[i] if states else None)

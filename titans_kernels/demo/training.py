@@ -1,4 +1,4 @@
-"""Training: ordinary PyTorch. That the memory learns inside the model changes nothing here."""
+"""Training: ordinary PyTorch. The memory's own training, inside the model, changes nothing here."""
 
 from __future__ import annotations
 

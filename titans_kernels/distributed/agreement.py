@@ -1,4 +1,4 @@
-"""Whether the ranks of a group make the same call: told at once, where they would wait forever."""
+"""Whether the ranks of a group make the same call: an error at once, where they would hang."""
 
 from __future__ import annotations
 

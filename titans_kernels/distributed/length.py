@@ -45,7 +45,7 @@ class ShardLength(ParallelStyle):
     The call is the layer's own, `out, state = layer(x, state, cu_seqlens)`, on all ranks alike,
     with the following meaning.
 
-    - state: where sequences go on, on the first rank; those of other ranks are not read.
+    - state: what sequences continue from, on the first rank; those of other ranks are not read.
     - cu_seqlens: of the whole row, all ranks' tokens together.
     - the state that is returned is that after the last token, on the last rank, and None on the
       others; or on all, with `state="all"`.

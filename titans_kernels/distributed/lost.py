@@ -19,7 +19,7 @@ PATIENCE = 5.0  # seconds without any after which a process is lost
 class Signs:
     """Signs of life of all processes of the default group, and the errors that ended some.
 
-    Backends say that a connection is closed, not whose: a process that waits for another is told by
+    Backends report that a connection is closed, not whose: a process that waits for another gets
     the error of an operation that many take part in.
     """
 
@@ -44,7 +44,7 @@ class Signs:
         self.store.set(f"titans_kernels/sign/{self.rank}", str(sign))
 
     def end(self, error: BaseException | None) -> None:
-        """The last sign; others are told by what error this process has ended."""
+        """The last sign; others read in it by what error this process has ended."""
         self._stop.set()
         self._thread.join(EVERY)
         if error is not None:
@@ -91,11 +91,11 @@ def naming_the_lost() -> Iterator[None]:
         if not (lost := signs.lost()):
             signs.end(error)
             raise
-        told = "; ".join(
+        message = "; ".join(
             f"rank {rank} of {signs.count} is lost: {why}" for rank, why in lost.items()
         )
         signs.end(None)
-        raise RuntimeError(told) from error
+        raise RuntimeError(message) from error
     except BaseException as error:
         signs.end(error)
         raise

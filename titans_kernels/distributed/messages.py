@@ -106,7 +106,7 @@ def _facts(header: Tensor) -> dict[str, Any]:
 
 
 class _Peer:
-    """Errors while it is waited for a rank tell which."""
+    """Errors while waiting for a rank name it."""
 
     def __init__(self, line: Line, rank: int, what: str) -> None:
         self.line, self.rank, self.what = line, rank, what

@@ -252,8 +252,8 @@ class WindowAttention(Attention):
             return torch.cat([x[:, :count], x[:, 1:]], 2).flatten(0, 1)
 
         slot = torch.arange(2 * W, device=q.device)
-        asked = blocks(q, count).flatten(0, 1)
-        o = self.attend(asked, pairs(keys), pairs(values), (slot[W:], slot), visible, prefix)
+        queries = blocks(q, count).flatten(0, 1)
+        o = self.attend(queries, pairs(keys), pairs(values), (slot[W:], slot), visible, prefix)
         o = o.unflatten(0, (N, -1)).flatten(1, 2)
         return o.index_select(1, torch.arange(T, device=q.device)) if exporting else o[:, :T]
 
@@ -289,8 +289,8 @@ def _unpack(x: Tensor, token: tuple[Tensor, Tensor], rows: int, longest: int) ->
 class SegmentAttention(Attention):
     """A segment's token i sees the prefix, the retrieved tokens up to h_i, and its own up to i.
 
-    Paper, equation 22: attention over [prefix | retrieved | segment]. h_j was asked for with token
-    j, so token i < j must not see it: it would see ahead. h_j stands where token j does.
+    Paper, equation 22: attention over [prefix | retrieved | segment]. h_j was retrieved with token
+    j, so token i < j must not attend to it. h_j has the position of token j.
     """
 
     def __init__(

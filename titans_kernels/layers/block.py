@@ -58,10 +58,9 @@ def make_memory(dim: int, **options: Any) -> NeuralMemory:
 
 
 class Block(Sealing, Generic[S]):
-    """A memory and persistent tokens [n_persistent, dim], learned, the same for every input.
+    """A memory and persistent tokens [n_persistent, dim], parameters, the same for every input.
 
-    A block is what stands between tokens and tokens. The residual around it, the norm before it and
-    the MLP after it are the model's.
+    The residual around a block, the norm before it and the MLP after it are the model's.
     """
 
     state_type: type[State]
@@ -102,17 +101,17 @@ class Block(Sealing, Generic[S]):
     def forward(
         self, x: Tensor, state: S | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, S]:
-        """Read x, and learn from it.
+        """Read x, and train the memory on it.
 
         Args:
             x (Tensor): [B, T, dim] in the parameters' dtype, or as autocast takes it.
-            state (State | None): where B sequences (N with cu_seqlens) go on.
+            state (State | None): what B sequences (N with cu_seqlens) continue from.
             cu_seqlens (Tensor | None): [N + 1] int32 or int64, 0 first and T last: sequences packed
                 end to end in a batch of 1.
 
         Returns:
-            (out, state): [B, T, dim], and what to pass on to go on exactly, wherever x was cut,
-            gradients included.
+            (out, state): [B, T, dim], and the state from which the sequences continue exactly,
+            wherever x was cut, gradients included.
         """
         checking.tokens(x, "[B, T, dim]", 3, self.dim)
         if self.persistent is not None:

@@ -1,4 +1,4 @@
-"""What the layers take, said as the operators say it: the argument, what it got, what it takes."""
+"""Checks of the layers' arguments. As the operators': the argument, what it got, what it takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A short causal convolution, a filter per channel, that goes on where it left off."""
+"""A short causal convolution, a filter per channel, that continues from its last inputs."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class TitansLMM(Block[LayerState]):
         x̃ = [p_1 .. p_P | x]
         o = M(x̃)
 
-    `NeuralMemory`, which learns the persistent tokens p before a sequence's first. Without any,
+    `NeuralMemory`, trained on the persistent tokens p before a sequence's first. Without any,
     the default, it is `NeuralMemory`. [B, T, dim] -> ([B, T, dim], LayerState). Parameters:
 
         those of NeuralMemory + n_persistent dim

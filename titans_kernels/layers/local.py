@@ -125,7 +125,7 @@ class TNTMemory(NeuralMemory):
     def _project(
         self, q: Tensor, k: Tensor, state: Any, cu_seqlens: Tensor | None
     ) -> tuple[list[Tensor], tuple[ProjectionState, ...]]:
-        """The queries of every local memory, and where their projections go on."""
+        """The queries of every local memory, and the state of their projections."""
         count = len(self.local_chunks)
         if self.project is None:
             return [q] * count, ()
@@ -140,7 +140,7 @@ class TNTMemory(NeuralMemory):
 
     def _ask(self, q: Tensor, state: Any, cu_seqlens: Tensor | None) -> Tensor:
         total = wide(super()._ask(q, state, cu_seqlens))
-        x = q.new_zeros(1, 0, self.dim)  # local memories are asked for their LayerNorm alone
+        x = q.new_zeros(1, 0, self.dim)  # only the LayerNorms of the local memories are needed
         found = [recall(q, one, cu_seqlens) for one in state.projections] or [q]
         queries = found * (len(self.local) // len(found))
         for i, part in enumerate(self.local):

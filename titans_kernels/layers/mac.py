@@ -20,26 +20,26 @@ if TYPE_CHECKING:
 
 
 class TitansMAC(Block[ContextState]):
-    """Memory as context: attention decides what to learn (arXiv 2501.00663, section 4.1).
+    """Memory as context of attention (arXiv 2501.00663, section 4.1).
 
         x --+----------------------------+
             |                            |
             +-- memory, as the segment --+-- attention --+-- y -- rms, w_y ------------ * --- out
-                began: asked, not taught |               |                              |
+                began, without an update |               |                              |
                                   p -----+               +-- memory -- rms, w_m -- sigmoid
-                                                         learns y, is asked y
+                                                         trained on y, read with y
 
     A sequence is read in segments. For segment t, of tokens S_t:
 
-        h_t = M*_{t-1}(q_t)                 what the memory before the segment answers to S_t   (21)
+        h_t = M*_{t-1}(q_t)                 read with the weights before the segment            (21)
         S̃_t = [p_1 .. p_P | h_t | S_t]                                                          (22)
         y_t = Attn(S̃_t)                     of the segment's own tokens                         (23)
-        M_t = M_{t-1}(y_t)                  the memory learns what attention found              (24)
+        M_t = M_{t-1}(y_t)                  the memory is trained on attention's output         (24)
         o_t = y_t ⊗ M*_t(y_t)               ⊗ as in `TitansMAG`                                 (25)
 
     Where the paper leaves it open, a token sees itself and earlier tokens only: token i attends to
-    p, to h_1 .. h_i and to tokens 1 .. i of its segment; and its y_i is asked of the memory that
-    has learned y_1 .. y_i, not the rest. h_i stands where token i does; p has no place.
+    p, to h_1 .. h_i and to tokens 1 .. i of its segment; and its y_i reads the memory after the
+    updates of y_1 .. y_i, not the rest. h_i has the position of token i; p has none.
     q_t is `NeuralMemory.recall` of x: the projection and the convolution, over segment borders, of
     queries. The residual connections and the norms around a block are the model's.
 
@@ -47,9 +47,9 @@ class TitansMAC(Block[ContextState]):
 
         those of NeuralMemory + 4 dim inner + n_persistent dim + 2 dim
 
-    Segments follow one another: one starts with what the one before has learned. Sequences, packed
-    or not, are read side by side, whatever their lengths and wherever their segments end: a call
-    takes as many rounds as the sequence with the most segments has.
+    Segments follow one another: each starts with the memory that the one before left. Sequences,
+    packed or not, are read side by side, whatever their lengths and wherever their segments end: a
+    call takes as many rounds as the sequence with the most segments has.
 
     Args:
         dim (int): width of the model.
@@ -100,7 +100,7 @@ class TitansMAC(Block[ContextState]):
         self.gate = Gate(dim, device=device, dtype=dtype)
 
     def _start(self, sequences: int) -> None:
-        """Persistent tokens are context of every segment; nobody reads them beforehand."""
+        """Persistent tokens are context of every segment; the memory does not read them."""
 
     def _read(
         self, x: Tensor, state: ContextState | None, cu_seqlens: Tensor | None
@@ -165,7 +165,7 @@ class TitansMAC(Block[ContextState]):
         n = x.shape[1] if cu_seqlens is None else cu_seqlens.diff().to(state.length)
         length = state.length + n
         full = length == self.segment
-        # The next segment asks what this one has learned; its questions follow on this one's.
+        # The next segment reads the memory as this one left it; its queries' convolution goes on.
         past = dataclasses.replace(choose(full, memory, past), convolution=past.convolution)
         keys, values = (z.masked_fill(full.view(-1, 1, 1, 1), 0) for z in (keys, values))
         length = length.masked_fill(full, 0)

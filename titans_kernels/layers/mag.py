@@ -24,10 +24,10 @@ class TitansMAG(Block[HybridState]):
                +-- memory --------------------- rms, w_m -- sigmoid --+
 
         x̃ = [p_1 .. p_P | x]                                          (26)
-        y = SW-Attn*(x̃), every token sees p and a window              (27)
+        y = SW-Attn*(x̃), every token attends to p and a window        (27)
         o = y ⊗ M(x̃) = (w_y * rms(y)) * sigmoid(w_m * rms(M(x̃)))      (28)
 
-    The memory has learned the persistent tokens before a sequence's first. [B, T, dim] ->
+    The memory is trained on the persistent tokens before a sequence's first. [B, T, dim] ->
     ([B, T, dim], HybridState). With inner = heads * dim_head, the parameters are
 
         those of NeuralMemory + 4 dim inner + n_persistent dim + 2 dim
@@ -36,7 +36,7 @@ class TitansMAG(Block[HybridState]):
         dim (int): width of the model.
         heads (int): memories side by side, and heads of the attention. Default: 4.
         dim_head (int | None): width of queries, keys and values of both. Default: dim / heads.
-        window (int): tokens that a token sees, itself among them. Default: 512.
+        window (int): tokens that a token attends to, itself included. Default: 512.
         n_persistent (int): P, persistent tokens. Default: 4.
         rotary (bool): whether attention rotates queries and keys by their distance. Default: True.
         device, dtype: of the parameters.

@@ -31,9 +31,9 @@ class NeuralMemory(Learner, Sealing):
                                                       |
                                                   out_proj -- out
 
-    Every head has a small MLP that learns to answer k_t with v_t while the sequence is read, and is
-    asked q_t: `titans_kernels.neural_memory`. How fast it learns (theta, up to max_learning_rate),
-    how much it forgets (alpha) and how long it keeps its direction (eta) each token says itself.
+    Every head has a small MLP that is trained to map k_t to v_t while the sequence is read, and its
+    output is a forward pass on q_t: `titans_kernels.neural_memory`. Learning rate (theta, up to
+    max_learning_rate), weight decay (alpha) and momentum (eta) are computed from each token.
     With inner = heads * dim_head, hidden = expansion * dim_head, and a gate for each head (for each
     layer of its memory with per_layer_gates), the parameters are
 
@@ -184,18 +184,19 @@ class NeuralMemory(Learner, Sealing):
         cu_seqlens: Tensor | None = None,
         learn: bool = True,
     ) -> tuple[Tensor, LayerState]:
-        """Read x, and learn from it.
+        """Read x, and train the memory on it.
 
         Args:
             x (Tensor): [B, T, dim] in the parameters' dtype, or as autocast takes it.
-            state (LayerState | None): where B sequences (N with cu_seqlens) go on.
+            state (LayerState | None): what B sequences (N with cu_seqlens) continue from.
             cu_seqlens (Tensor | None): [N + 1] int32 or int64, 0 first and T last: sequences packed
                 end to end in a batch of 1.
-            learn (bool): False reads x without learning from it: `recall`. Default: True.
+            learn (bool): False reads x without an update: `recall`. Default: True.
 
         Returns:
-            (out, state): [B, T, dim], and what to pass on to go on exactly, wherever x was cut,
-            gradients included. The memory and its gates are float32 at least, whatever x is.
+            (out, state): [B, T, dim], and the state from which the sequences continue exactly,
+            wherever x was cut, gradients included. The memory and its gates are float32 at least,
+            whatever x is.
         """
         checking.tokens(x, "[B, T, dim]", 3, self.dim)
         checking.alike(x, self.out_norm)
@@ -211,7 +212,7 @@ class NeuralMemory(Learner, Sealing):
         history = None if state is None else state.convolution
         heads, history = self._heads(projected, history, cu_seqlens)
         o, state = self._read(x, heads, history, state, cu_seqlens)
-        return self._answer(o, x), state
+        return self._output(o, x), state
 
     def _read(
         self,
@@ -245,14 +246,14 @@ class NeuralMemory(Learner, Sealing):
     def recall(
         self, x: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, LayerState]:
-        """Ask what the state knows, and learn nothing: every token is answered by the same memory.
+        """Read the memory without an update: every token reads the same weights.
 
         Args:
-            x, state, cu_seqlens: as in `forward`; without a state, M_0 is asked.
+            x, state, cu_seqlens: as in `forward`; without a state, M_0 is read.
 
         Returns:
             (out, state): [B, T, dim], and the state with its memory untouched. Only the queries'
-            convolution has moved on, so that questions too may be cut anywhere.
+            convolution has moved on, so that queries too may be cut anywhere.
         """
         return self(x, state, cu_seqlens, learn=False)
 
@@ -269,7 +270,7 @@ class NeuralMemory(Learner, Sealing):
         (q,), history = self._heads([q], state.convolution[:1], cu_seqlens)
         o = self._ask(q, state, cu_seqlens)
         history = history + state.convolution[1:]
-        return self._answer(o, x), dataclasses.replace(state, convolution=history)
+        return self._output(o, x), dataclasses.replace(state, convolution=history)
 
     def _ask(self, q: Tensor, state: LayerState, cu_seqlens: Tensor | None) -> Tensor:
         """What the memory of a state, which stays as it is, reads for q [B, T, H, D]."""
@@ -348,7 +349,7 @@ class NeuralMemory(Learner, Sealing):
         assert after is not None
         return o, after
 
-    def _answer(self, o: Tensor, x: Tensor) -> Tensor:
+    def _output(self, o: Tensor, x: Tensor) -> Tensor:
         """What the memory read, normalised, gated by x and projected: [B, T, dim]."""
         dtype = o.dtype
         o = (unit(o) * (self.dim_head**0.5 * wide(self.out_norm))).flatten(-2)

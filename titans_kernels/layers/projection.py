@@ -29,7 +29,7 @@ def project(
     reset_every: int,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, ProjectionState]:
-    """q, k [B, T, H, D] -> the projected queries, and where to go on.
+    """q, k [B, T, H, D] -> the projected queries, and the state to continue from.
 
     Args:
         reset_every: a border before each token at a position that is a multiple of it.
@@ -147,7 +147,7 @@ def _attend(
     U = u[token].masked_fill(~there[..., None, None], 0.0).transpose(1, 2)
     o = (Q @ U.mT).tril() @ U
 
-    # A sequence goes on in its first run, which is empty where there was a border.
+    # A sequence continues in its first run, which is empty where there was a border.
     opening = F.pad(runs.last[:-1] + 1, (1, 0))  # [N]
     at, last = first[opening].clamp(max=len(Q) - 1), (stop[runs.last] - 1).clamp(min=0)
     total = U[last].mT @ U[last]

@@ -97,7 +97,7 @@ class ContextState(State):
     Args:
         memory (LayerState): the memory now, M_t.
         past (LayerState): the memory with which the open segment began, M_{t-1}, which its tokens
-            are asked of; its convolution is that of these questions.
+            read; its convolution is that of their queries.
         keys, values (Tensor): [N, 2, segment, heads * dim_head] of the open segment, retrieved
             tokens and its own; zeros where it is not filled yet. Keys without their rotation.
         length (Tensor): [N] int32, tokens in the open segment: 0 to segment - 1.

@@ -93,10 +93,10 @@ class TitansPreTrainedModel(PreTrainedModel):
         super()._initialize_weights(module)
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
-        """As every model of transformers; with a file that tells `AutoModel` where to find Titans.
+        """As every model of transformers; with a file by which `AutoModel` finds Titans.
 
         A process that has not imported `titans_kernels.models` then loads it by
-        `AutoModel.from_pretrained(..., trust_remote_code=True)`, and without that is told so.
+        `AutoModel.from_pretrained(..., trust_remote_code=True)`; the error without that names it.
         """
         self.config.auto_map = {name: f"{_POINTER}.{cls}" for name, cls in _AUTO_MAP.items()}
         super().save_pretrained(save_directory, **options)
@@ -157,7 +157,7 @@ class TitansModel(TitansPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Read tokens, and go on from the states in past_key_values if there are any.
+        """Read tokens, and continue from the states in past_key_values if there are any.
 
         Args:
             input_ids (Tensor): [B, T], or inputs_embeds [B, T, hidden_size] instead.

@@ -5,10 +5,10 @@
 
 Reads every text file of a folder, by default the sources of Python's standard library. Writes into
 `out`: config.json, train.csv, evaluation.csv (held-out bits per byte, by how much has been read),
-checkpoints/ and, at the end, model/ for `from_pretrained`. The same command goes on with a run that
-stopped, exactly as if it had not, on however many processes; with more `steps` also with one that
-has finished. With start=RUN/model it begins with the model of another run; TNT's second stage is
-that with smaller model.local_chunks.
+checkpoints/ and, at the end, model/ for `from_pretrained`. The same command resumes a run that
+stopped, exactly as if it had not, on any number of processes; with more `steps` also one that has
+finished. With start=RUN/model a run begins with the model of another; TNT's second stage is that
+with smaller model.local_chunks.
 
 Processes divide the rows of a batch (mesh.data, by default all of them), the tokens of every row
 (mesh.length) and the heads (mesh.heads); FSDP2 divides the parameters among all of the first two.

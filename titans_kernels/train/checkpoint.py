@@ -1,4 +1,4 @@
-"""Checkpoints from which a run goes on as if it had not stopped, on any number of processes.
+"""Checkpoints from which a run resumes as if it had not stopped, on any number of processes.
 
 A checkpoint is a folder: tensors, written by torch.distributed.checkpoint in safetensors files, and
 manifest.json, which is written last and holds what else there is to know and a checksum of every
@@ -94,7 +94,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             damage.append(str(error))
             continue
         for fault in damage:
-            warnings.warn(f"{fault}; going on from {path.name}", stacklevel=2)
+            warnings.warn(f"{fault}; resuming from {path.name}", stacklevel=2)
         return path, facts
     if damage:
         raise ValueError(f"{'; '.join(damage)}: no checkpoint is whole; remove them to begin anew")
@@ -142,7 +142,7 @@ def load(path: Path, tensors: Any, processes: Processes) -> None:
 
 def _alone_or_together(run: Any, tensors: Any, processes: Processes, **options: Any) -> Any:
     with warnings.catch_warnings():
-        # That there are no other processes is what was said.
+        # Its warning says that there are no other processes, which is meant.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         return run(tensors, no_dist=processes.count == 1, **options)
 

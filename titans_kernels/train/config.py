@@ -21,7 +21,7 @@ MODEL = {
     **{"variant": "mag", "window": 128, "segment": 128, "expansion": 2},
     **{"tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None},
 }
-# What a run that goes on may have otherwise than before; all else would make it another run.
+# What a resumed run may have otherwise than before; all else would make it another run.
 CHANGEABLE = {
     *("out", "steps", "device", "gradient_checkpointing"),
     *("evaluate_every", "checkpoint_every", "keep", "log_every", "mesh"),
@@ -43,12 +43,12 @@ class Config:
             option; for an unknown option of `model`, with the nearest name that there is.
     """
 
-    out: str = "train-output"  # checkpoints, logs and the model; a run found there goes on
+    out: str = "train-output"  # checkpoints, logs and the model; a run found there is resumed
     model: dict[str, Any] = field(default_factory=dict)  # of TitansConfig, over MODEL
     start: str | None = None  # the model to begin with, a folder; its local_chunks may be others
     data: str | None = None  # a folder of text files; None: the sources of Python's library
     pattern: str = "*.py"  # files in it
-    steps: int = 2000  # more than before: a finished run goes on
+    steps: int = 2000  # more than before: a finished run is resumed
     rows: int = 8  # of all processes together
     length: int = 256
     pieces: int = 4
@@ -62,7 +62,7 @@ class Config:
     evaluate_length: int = 4096
     checkpoint_every: int = 250
     keep: int = 2  # checkpoints, the newest
-    asynchronous: bool = False  # checkpoints are written while training goes on
+    asynchronous: bool = False  # checkpoints are written while training continues
     log_every: int = 10
     seed: int = 0
     device: str = "auto"  # "auto", "cuda": a GPU of its own for each process, if there are any

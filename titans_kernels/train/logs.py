@@ -10,7 +10,7 @@ from typing import Any
 class Logs:
     """train.csv and evaluation.csv in a folder, each row beginning with its step.
 
-    Rows after `step`, which a run that goes on will write again, are removed.
+    Rows after `step`, which a resumed run will write again, are removed.
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool = False) -> None:

@@ -168,7 +168,7 @@ class Training:
     def _window(self, index: int) -> Tensor:
         """Text of `pieces` steps, [rows, pieces length + 1]: each row a function of its place.
 
-        So a run that goes on, on however many processes, reads what it would have read.
+        So a resumed run, on any number of processes, reads what it would have read.
         """
         config = self.config
         generators = []
@@ -212,7 +212,7 @@ class Training:
             self.finish = None
 
     def _resume(self) -> None:
-        """Go on from the newest checkpoint in the folder that is whole, or begin there."""
+        """Resume from the newest complete checkpoint in the folder, or begin there."""
         find = partial(checkpoint.newest, self.out / "checkpoints")
         found = self.processes.from_first(find)
         if found is None:
@@ -254,7 +254,7 @@ class Training:
         return {"model": once, "optimizer": moments}
 
     def _memories(self, cache: TitansCache) -> tuple[dict[str, Tensor], Any, list[Tensor]]:
-        """The states that the next step goes on from, rows of all processes; and our own, copied.
+        """The states that the next step continues from, rows of all processes; our own, copied.
 
         None between windows, each of which begins with empty memories.
         """

@@ -115,7 +115,7 @@ def start(
     if count == 1:
         yield Processes(0, 1, where)
         return
-    # Of both: what the processes tell each other besides tensors then waits for no GPU.
+    # Both backends: messages between processes besides tensors then wait for no GPU.
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
