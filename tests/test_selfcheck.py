@@ -16,7 +16,7 @@ import triton
 from inputs import make_inputs
 from torch.utils import _pytree as pytree
 
-from titans_kernels import neural_memory, ops, retrieve, warmup
+from titans_kernels import neural_memory, ops, retrieve, verify, warmup
 from titans_kernels.kernels import operator
 from titans_kernels.kernels.tiles import Tile
 from titans_kernels.packing import Options, Reading
@@ -415,6 +415,27 @@ def test_second_derivatives_and_transforms_take_pytorch(monkeypatch):
     _, tangent = torch.func.jvp(lambda q: retrieve(q, **x), (q,), (q,))
     _, want = torch.func.jvp(lambda q: retrieve(q, **x, backend="torch"), (q,), (q,))
     torch.testing.assert_close(tangent, want)
+
+
+def _verified(monkeypatch, capsys):
+    """`python -m titans_kernels.verify`, its own table of one row, its warming up of one call."""
+    monkeypatch.setattr(verify, "run_checks", lambda *_, **__: [mock.Mock(covered=True, ok=True)])
+    monkeypatch.setattr(verify, "SHORT_DTYPES", (DTYPE,))
+    monkeypatch.setattr(verify, "warmup", lambda *_, **__: retrieve(**_reading()))
+    code = verify.main(["--device", "cpu", "--backend", "triton", "--head-dim", str(D)])
+    return code, capsys.readouterr().out
+
+
+def test_verify_checks_ahead(monkeypatch, capsys, cache):
+    code, out = _verified(monkeypatch, capsys)
+    assert code == 0 and "triton, which has passed its check now" in out
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_verify_fails_where_auto_would_be_pytorch(monkeypatch, capsys):
+    _planted(monkeypatch, operator.launch, "recall", _scaled)
+    code, out = _verified(monkeypatch, capsys)
+    assert code == 1 and "FAIL: titans_kernels: the Triton kernels failed their check" in out
 
 
 def test_warmup_checks_ahead(cache, device):

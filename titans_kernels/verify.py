@@ -5,18 +5,23 @@ states and gradients, and compared with the float64 reference, which goes token 
 its inner gradients by autograd. Both get the same inputs, rounded to the dtype. An error is
 ||x - reference|| / ||reference||, of the worst tensor. The exit code is 1 if one is over its bound.
 
+Where Triton runs, the kernels are then checked for `backend="auto"` at the sizes of models, and
+remembered if they pass, which saves the first call from doing it. If one fails the exit code is 1.
+
 Under torchrun it compares sharded layers with one process instead: `titans_kernels.distributed`.
 """
 
 import argparse
 import importlib
+import logging
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from types import ModuleType
 from typing import Any
 
@@ -24,10 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_kernels import __version__, neural_memory, retrieve
+from titans_kernels import __version__, neural_memory, retrieve, warmup
 from titans_kernels.comparison import Bounds, Worst, bounds, worst_error, worst_factor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SHORT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those of Triton on a GPU
+HEAD_DIMS = (64, 128)  # of models
 BATCH, HEADS, HEAD_DIM, EXPANSION = 2, 2, 16, 4
 LENGTH, QUICK_LENGTH = 100, 40  # tokens; both leave the last chunk of 16 open
 PER_TOKEN = ("q", "k", "v", "theta", "alpha", "eta")
@@ -326,6 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     help_ = "run this one only; may be repeated; all that work here if not given"
     parser.add_argument("--backend", action="append", choices=("torch", "triton"), help=help_)
     parser.add_argument("--quick", action="store_true", help="shorter sequences")
+    help_ = "head dimension to check for backend 'auto'; may be repeated; 64 and 128 if not given"
+    parser.add_argument("--head-dim", action="append", type=int, help=help_)
     parser.add_argument("--env", action="store_true", help="describe the environment and stop")
     options = parser.parse_args(argv)
     device = options.device or default_device()
@@ -343,9 +352,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{HEADER}", flush=True)
     # The tensors are too small to split: threads would wait for each other most of the time.
     torch.set_num_threads(1)
+    backends = options.backend or default_backends(device)
     results = run_checks(
         device,
-        options.backend or default_backends(device),
+        backends,
         # Apple's GPUs have no float64.
         DTYPES[1:] if torch.device(device).type == "mps" else DTYPES,
         QUICK_LENGTH if options.quick else LENGTH,
@@ -354,8 +364,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     compared = [result for result in results if result.covered]
     failed = sum(not result.ok for result in compared)
     verdict = f"{failed} FAIL" if failed else "all ok" if compared else "FAIL, nothing was compared"
-    print(f"\n{len(compared)} comparisons with the float64 reference: {verdict}")
-    return 0 if compared and not failed else 1
+    print(f"\n{len(compared)} comparisons with the float64 reference: {verdict}", flush=True)
+    if not compared or failed:
+        return 1
+    ahead = [] if "triton" not in backends else options.head_dim or HEAD_DIMS
+    return 0 if check_ahead(device, ahead) else 1
+
+
+def check_ahead(device: str, head_dims: Sequence[int]) -> bool:
+    """Check for `backend="auto"` what layers with such heads run; whether all has passed."""
+    log, handler = logging.getLogger("titans_kernels"), logging.StreamHandler(sys.stdout)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)
+            for head_dim, dtype, backward in product(head_dims, SHORT_DTYPES, (False, True)):
+                warmup(HEADS, head_dim, dtype=dtype, backward=backward, device=device)
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+    failures = [str(x.message) for x in caught if "failed their check" in str(x.message)]
+    for failure in failures:
+        print(f"FAIL: {failure}")
+    return not failures
 
 
 def _together(device: str, backends: list[str] | None) -> int:

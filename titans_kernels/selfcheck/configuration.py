@@ -74,6 +74,7 @@ class Configuration(NamedTuple):
         return f"{self.operator}, {self.dtype}, {sizes}, {training} gradients, on {self.device}"
 
 
+@lru_cache
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
