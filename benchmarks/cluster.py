@@ -12,7 +12,7 @@ of an H200 and the latency of a chunk are those of `benchmarks` on one GPU, the 
     TNT       local memories begin anew every 2,048 tokens: those of a rank are read side by side.
               The global memory is one chain of chunks of 2,048, each at a multiprocessor's rate
     dense     projections and MLP, 72 dim^2 FLOP a token, at half the GPU's rate
-    waiting   ranks are stages and layers are what goes through them: a rank goes on to the next
+    waiting   ranks are stages and layers are what goes through them: a rank starts on the next
               layer while those behind it are in this one. With R ranks, L layers and P pieces, of
               rows, in each, (R - 1) / (R - 1 + L P) of the time of the chain; the P that is best.
               Of TNT only the global memory is one

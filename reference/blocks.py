@@ -53,12 +53,12 @@ def mal(x: Tensor, p: Parameters, window: int, options: Options) -> Tensor:
 def mac(x: Tensor, p: Parameters, segment: int, options: Options) -> Tensor:
     """Memory as context, eq. 21-25. Tokens see no later token, nor what it has retrieved."""
     prefix = _persistent(x, p)
-    questions = _heads(x, p, "q", 0)  # of the whole sequence: a convolution has no segments
+    queries = _heads(x, p, "q", 0)  # of the whole sequence: a convolution has no segments
     y, m, state = x[:0], x[:0], None
     for start in range(0, len(x), segment):
         S = x[start : start + segment]
         known = _weights(p) if state is None else state
-        read = retrieve(questions[None, start : start + segment], known, **_form(p, options))
+        read = retrieve(queries[None, start : start + segment], known, **_form(p, options))
         h = _answer(read[0], S, p)
 
         y_t = []
@@ -77,7 +77,7 @@ def mac(x: Tensor, p: Parameters, segment: int, options: Options) -> Tensor:
 
 
 def _memory(x: Tensor, p: Parameters, options: Options) -> Tensor:
-    """M(x): what the memory answers to every token, having learned the tokens up to it."""
+    """M(x): the memory's output for every token, after the updates of the tokens up to it."""
     o, _ = _learn(_inputs(x, p, options), p, options, None)
     return _answer(o[0], x, p)
 

@@ -102,7 +102,7 @@ def neural_memory(
             "gelu_tanh", "gelu", "silu", "relu" or "identity"
         residual: f(x) = x + ... instead of f(x) = ...
         chunk_size: tokens whose gradients are taken at the same weights.
-        initial_state: a state to go on from; `weights` then gives the shapes only.
+        initial_state: a state to continue from; `weights` then gives the shapes only.
             None or a State of the N sequences (anything with a State's attributes)
         output_final_state: whether to return the state after the last token.
         cu_seqlens: where the packed sequences begin and end; B is 1, and N sequences.

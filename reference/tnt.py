@@ -62,7 +62,7 @@ def _learn(
     read: str,
     reset_every: int | None,
 ) -> tuple[Tensor, State | ShardState]:
-    """What one memory answers to every token, [T, H, D], and its state after the last."""
+    """The outputs of one memory for every token, [T, H, D], and its state after the last."""
     theta, alpha, eta = (_learned_gate(x, p, name) for name in ("theta", "alpha", "eta"))
     o, state = neural_memory(
         q[None],

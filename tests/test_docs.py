@@ -1,6 +1,7 @@
 """What the documentation shows runs as it stands."""
 
 import doctest
+import functools
 import importlib
 import inspect
 import os
@@ -8,6 +9,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -40,11 +42,18 @@ def _blocks(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
+@functools.cache
 def _run(page):
     """The names that a page's blocks leave behind, run one after another and from nothing."""
     names: dict[str, object] = {}
-    for block in _blocks(page):
-        exec(compile(block, str(page), "exec"), names)
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            for block in _blocks(page):
+                exec(compile(block, str(page), "exec"), names)
+        finally:
+            os.chdir(here)
     return names
 
 
@@ -52,8 +61,7 @@ PAGES = [page for page in (README, *sorted(DOCS.rglob("*.md"))) if _blocks(page)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_pages_run(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_pages_run(page):
     if page.name not in IN_PROCESSES:
         _run(page)
 
@@ -73,13 +81,12 @@ def test_the_quickstart_returns_what_it_says():
 
 def test_twenty_lines_from_nothing_to_a_model_that_generates():
     """The installation and one block, which needs nothing of those before it."""
-    block = _blocks(DOCS / "replacing.md")[0]
+    page = DOCS / "replacing.md"
+    block = _blocks(page)[0]
     assert 1 + len(block.splitlines()) <= 20
     for part in ("replace(model", "loss.backward()", "optimizer.step()", "model.generate("):
         assert part in block
-    names: dict[str, object] = {}
-    exec(compile(block, "replacing.md", "exec"), names)
-    assert names["written"].shape == (1, 80)
+    assert _run(page)["written"].shape == (1, 80)
 
 
 MODULES = [

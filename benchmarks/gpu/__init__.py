@@ -9,7 +9,7 @@ Works through stages in steps, and writes every result down as soon as it is the
     ncu         Nsight Compute on every kernel, where the tool is there
     sanitizer   memory errors and races in small cases, where compute-sanitizer is there
 
-It stops before `--minutes` are over, and goes on where it stopped when it is started again with the
+It stops before `--minutes` are over, and resumes where it stopped when it is started again with the
 same `--out`, or with `--earlier FILE` on a machine that has not seen it. What takes its process
 along, an illegal access or a call that never returns, costs its own step only. It needs no network:
 peers may be brought as wheels (`--wheels DIR`). At home,

@@ -23,7 +23,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     out = Path(os.environ.get("OUT", "gpu-results"))
     parser.add_argument("stages", nargs="*", choices=[[], *STAGES], help="default: all")
     parser.add_argument("--out", type=Path, default=out, help="folder ($OUT, else gpu-results)")
-    parser.add_argument("--earlier", type=Path, nargs="+", default=[], help="files to go on from")
+    parser.add_argument("--earlier", type=Path, nargs="+", default=[], help="files to resume from")
     parser.add_argument("--retry", action="store_true", help="do again what had a problem")
     parser.add_argument("--minutes", type=float, default=9.0, help="of this call (default: 9)")
     parser.add_argument("--wheels", type=Path, help="folder of peers' wheels to install aside")
@@ -34,7 +34,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 if all is done, MORE if another call has to go on."""
+    """Returns the exit code: 0 if all is done, MORE if another call has to continue."""
     arguments = [*(sys.argv[1:] if argv is None else argv)]
     options = parse(arguments)
     if options.deadline is not None:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if deadline - time.monotonic() < 10:
             return MORE
         # A step has taken the process along. Its attempt is on record: it is not tried for ever.
-        print(f"exit code {code}: going on in a new process", flush=True)
+        print(f"exit code {code}: continuing in a new process", flush=True)
 
 
 def inside(options: argparse.Namespace) -> int:

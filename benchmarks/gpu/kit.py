@@ -15,12 +15,12 @@ from ..running.checking import alive
 from ..running.journal import Journal, Row, in_short
 
 ATTEMPTS = 2  # at a step that takes its process along
-AGAIN, MORE = 3, 4  # exit codes: a new process has to go on; another call has to
+AGAIN, MORE = 3, 4  # exit codes: a new process has to continue; another call has to
 
 
 @dataclass(frozen=True)
 class Kit:
-    """What every stage is told.
+    """What every stage gets.
 
     Args:
         journal (Journal): what is there already, and where results go.

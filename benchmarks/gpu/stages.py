@@ -30,7 +30,7 @@ PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collect
 
 
 def tests(kit: Kit) -> Steps:
-    """The tests' own bounds judge; then every shipped tile by itself, in memory nobody wrote."""
+    """The tests' own bounds judge; then every shipped tile by itself, in uninitialised memory."""
     chosen = ["tests/test_kernels_precision.py", "-k", "reading_by_the_yardstick and bf16"]
     suites = {"kernels": ["tests", "-m", "gpu"], "precision": [chosen[0]]}
     for name, arguments in ({"precision": chosen} if kit.rehearse else suites).items():

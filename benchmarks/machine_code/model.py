@@ -17,7 +17,7 @@ hidden, N tokens to a block and chunks of C:
     coefficients  gates: 6; G, a, c and the row at the end: 4 N + 16
 
 With "+" they are computed again for the backward pass, and leave it more, in float32: scan X W_1,
-e, y, and W and S unrounded: 4 D + 8 hidden + 16 D hidden / N; retrieve not its answers but its
+e, y, and W and S unrounded: 4 D + 8 hidden + 16 D hidden / N; retrieve not its outputs but its
 products and what of the last is W's and S's, and, rounded, h: 10 D + 6 hidden; coefficients p and
 P: 4 N + 4. Then
 

@@ -125,7 +125,7 @@ def _launch(setting: Setting, tile: Tile) -> None:
 
 
 def _milliseconds(setting: Setting, inputs: Any) -> float:
-    """The median call: learning and answering, then reading, and all gradients if taken."""
+    """The median call: updates and outputs, then `retrieve`, and all gradients if taken."""
 
     def call() -> None:
         results(setting, inputs, "triton")
@@ -150,7 +150,7 @@ def _gradients(setting: Setting) -> str:
 def walk(
     setting: Setting, journal: Journal, steps: Sequence[Sequence[Change]] | None = None
 ) -> Iterator[list[tuple[str, Tile]]]:
-    """What is still to be measured, by name, as far as it is known; the one who asks records it."""
+    """What is still to be measured, by name, as far as it is known; the caller records it."""
     s = setting.shape
     arch = architecture(torch.device(setting.device))
     dtype = getattr(torch, setting.dtype)
@@ -168,7 +168,7 @@ def walk(
             if left:
                 yield left
             rows = [journal.get("tune", name) for name in names]
-            assert None not in rows, "what was asked for was not recorded"
+            assert None not in rows, "a measurement was not recorded"
             candidates = down.send([row.get("ms") for row in rows if row])
     except StopIteration as end:
         best, least = end.value
@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 journal.add("tune", name, measure(setting, tile))
                 print(f"{name}  {journal.get('tune', name)}", flush=True)
                 if not alive(options.device):
-                    print("the GPU does not answer after this one: start again to go on")
+                    print("the GPU is lost after this one: start again to resume")
                     return 3
     if options.write:
         if options.device == "cpu":

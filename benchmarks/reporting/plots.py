@@ -167,7 +167,7 @@ def _roofline(rows: list[Row], machine: dict[str, Any]) -> Drawn | None:
     axis = axes[0][0]
     peak, copy = machine["matmul_flops"], machine["copy_bytes"]
     knee = peak / copy
-    # Of a GPU, what our kernels move; else what nobody can do without.
+    # On a GPU, what our kernels move; else the least that any implementation moves.
     moved = [forward_bytes(r.shape) if machine["driver"] else r.least_bytes or 1 for r in rows]
     intensities = [(r.flop or 0) / m for r, m in zip(rows, moved, strict=True)]
     ends = [knee / 8, knee, 2 * max(8 * knee, *intensities)]

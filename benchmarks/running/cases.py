@@ -150,7 +150,7 @@ CASES = (
     ),
     Case(
         "retrieve",
-        "Questions to a memory that learns nothing from them.",
+        "Forward passes of a memory without an update.",
         providers.operator_inputs,
         providers.defined_reading,
         {OURS: providers.our_reading},

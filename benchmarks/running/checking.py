@@ -1,4 +1,4 @@
-"""Are the kernels right, in memory that nobody has written yet? For tuning and for the GPU kit."""
+"""Whether the kernels are right in uninitialised memory: for tuning and for the GPU kit."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Setting:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that nobody wrote is NaN."""
+    """Uninitialised memory is NaN."""
 
     def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def empty(*args: Any, **kwargs: Any) -> Tensor:
@@ -62,7 +62,7 @@ def poisoned() -> Iterator[None]:
 
 
 def results(setting: Setting, inputs: Inputs, backend: str) -> list[Tensor]:
-    """Output, final state, answers at the first weights, and every gradient if they are taken."""
+    """Output, final state, outputs at the first weights, and every gradient if they are taken."""
     options = {"chunk_size": setting.shape.chunk, "backend": backend}
     with torch.set_grad_enabled(setting.backward):
         o, state = neural_memory(**inputs, **options, output_final_state=True)

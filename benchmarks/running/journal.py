@@ -1,4 +1,4 @@
-"""What was found, a line each, written as it is found: work that is stopped goes on from there."""
+"""Results, a line each, written as they are found: work that is stopped resumes from there."""
 
 from __future__ import annotations
 

@@ -188,12 +188,12 @@ def read_links(
     X: list[Tensor],
     D: list[Tensor],
     coefficients: list[BlockCoefficients],
-    asked: int,
+    first_query: int,
 ) -> list[Link]:
-    """The weights of every layer right after each of the block's tokens from `asked` on."""
+    """The weights of every layer right after each of the block's tokens from `first_query` on."""
     N = X[0].shape[1]
     return [
-        Link(layer, History(by.rows(asked + 1, N + 1, N), x, d))
+        Link(layer, History(by.rows(first_query + 1, N + 1, N), x, d))
         for layer, by, x, d in zip(state, coefficients, X, D, strict=True)
     ]
 

@@ -77,8 +77,8 @@ class Span(NamedTuple):
     sequences: int  # n; sequences are sorted, so these are the first n
     checkpoint: int  # first row of its states
     tokens: Places
-    queries: Places  # [g, n, N - asked]
-    asked: int  # their first column: ahead of it are tails only
+    queries: Places  # [g, n, N - first_query]
+    first_query: int  # their first column: ahead of it are tails only
     moves: bool  # whether the last block hands on another state than it started with
     end: Tensor | None  # [g, n] int64: a block hands on the state after so many tokens; None: N
     whole: list[Tensor | None]  # per block that ends chunks, [n] bool: it ended one; None: for all
@@ -153,7 +153,7 @@ class Layout:
         N, _, per_chunk = self.block
         C, here = self.chunk_size, self.sequences[:n]
         table = torch.tensor(here, device=self.device)
-        first, total, tails, asks = table[..., None].unbind(1)  # [n, 1]
+        first, total, tails, query = table[..., None].unbind(1)  # [n, 1]
 
         # [g, 1, N]
         position = torch.arange(start * N, stop * N, device=self.device).view(stop - start, 1, N)
@@ -187,15 +187,15 @@ class Layout:
             return Places(row if there is None else row.where(there, 0), there)
 
         tokens = places(first + position, inside)
-        queries, asked = tokens, 0
+        queries, first_query = tokens, 0
         if any(x.tail or x.ask != x.start for x in here):
             least, most = min(x.tail for x in here), max(x.tail for x in here)
             if stop - start == 1:
-                asked = min(max(least - start * N, 0), N)
-            position = position[..., asked:]
-            there = None if inside is None else inside[..., asked:]
-            if most > start * N + asked:
+                first_query = min(max(least - start * N, 0), N)
+            position = position[..., first_query:]
+            there = None if inside is None else inside[..., first_query:]
+            if most > start * N + first_query:
                 behind = position >= tails
                 there = behind if there is None else there & behind
-            queries = places(asks - tails + position, there)
-        return Span(start, stop, n, checkpoint, tokens, queries, asked, moves, end, whole)
+            queries = places(query - tails + position, there)
+        return Span(start, stop, n, checkpoint, tokens, queries, first_query, moves, end, whole)

@@ -60,7 +60,7 @@ class Walk:
 
     def __init__(self, span: Span, packed: Packed, layout: Layout, options: Options):
         self.span, self.size = span, layout.block
-        self.asks = span.asked < self.size.tokens
+        self.has_queries = span.first_query < self.size.tokens
         self.box = Box(span, packed.k.shape[1])
         self.gates = Gates(span, self.box, packed)
         self.tables = self.gates.tables()
@@ -85,7 +85,7 @@ class Walk:
         D = [torch.cat([c.d[n] for c in chunks], 1) for n in range(depth)]
         return chunks, X, D
 
-    def answer(
+    def outputs(
         self,
         i: int,
         running: Sequence[Tensor | Apart],
@@ -95,20 +95,19 @@ class Walk:
     ) -> Tensor:
         """Outputs of block i for its queries, [R, n, D]."""
         if self.read == "token":
-            links = read_links(running, X, D, self.by[i], self.span.asked)
+            links = read_links(running, X, D, self.by[i], self.span.first_query)
             return read(self.q[i], links, self.network)
-        return torch.cat(
-            [read(self.q[i][:, at], chunks[c].links, self.network) for c, at in self.asked()], 1
-        )
+        parts = [(self.q[i][:, at], chunks[c].links) for c, at in self.query_chunks()]
+        return torch.cat([read(q, links, self.network) for q, links in parts], 1)
 
-    def asked(self) -> Iterator[tuple[int, slice]]:
+    def query_chunks(self) -> Iterator[tuple[int, slice]]:
         """Chunks of a block that have queries, and the columns of these."""
-        size, before = self.size.tokens // self.size.chunks, self.span.asked
+        size, before = self.size.tokens // self.size.chunks, self.span.first_query
         for c in range(self.size.chunks):
             if (c + 1) * size > before:
                 yield c, slice(max(c * size - before, 0), (c + 1) * size - before)
 
-    def answer_backward(
+    def outputs_backward(
         self,
         i: int,
         dout: Tensor,
@@ -122,12 +121,12 @@ class Walk:
     ) -> Tensor:
         """The gradient of block i's queries; those of the rest are added in place."""
         if self.read == "token":
-            asked, N = self.span.asked, self.size.tokens
-            links = read_links(running, X, D, self.by[i], asked)
-            link_grads = [grad.link(asked + 1, N + 1, N) for grad in grads]
+            first_query, N = self.span.first_query, self.size.tokens
+            links = read_links(running, X, D, self.by[i], first_query)
+            link_grads = [grad.link(first_query + 1, N + 1, N) for grad in grads]
             return read_backward(dout, self.q[i], links, self.network, link_grads, norm_grad)
         dq, size = torch.empty_like(self.q[i]), self.size.tokens // self.size.chunks
-        for c, at in self.asked():
+        for c, at in self.query_chunks():
             link_grads = chunk_grads(grads, anchor_grads, c, size)
             dq[:, at] = read_backward(
                 dout[:, at], self.q[i][:, at], chunks[c].links, self.network, link_grads, norm_grad
@@ -256,13 +255,13 @@ def run(
         outputs = []
         for i in range(span.stop - span.start):
             chunks, X, D = walk.learn(i, anchor, 1)
-            if walk.asks:
-                outputs.append(walk.answer(i, running, chunks, X, D))
+            if walk.has_queries:
+                outputs.append(walk.outputs(i, running, chunks, X, D))
             before = running
             anchor, running = walk.hand_on(i, anchor, running, X, D, memory)
             if memory is not None and before is not anchor and before is not running:
                 memory.give(before)
-        if walk.asks:
+        if walk.has_queries:
             walk.box.queries.put(o, torch.stack(outputs))
     if not final:
         return o, []
@@ -279,9 +278,9 @@ def _run_still(packed: Packed, layout: Layout, options: Options, o: Tensor) -> N
             for layer in zip(packed.weights, packed.momentum, strict=True)
         ]
         walk = Walk(span, packed, layout, options)
-        if walk.asks:
+        if walk.has_queries:
             chunks, X, D = walk.learn(0, state, 1)
-            walk.box.queries.put(o, walk.answer(0, state, chunks, X, D)[None])
+            walk.box.queries.put(o, walk.outputs(0, state, chunks, X, D)[None])
 
 
 def run_backward(
@@ -384,8 +383,8 @@ def _span_backward(
             ]
         if walk.size.blocks == 1:
             danchor = drunning
-        if walk.asks:
-            dq[i] = walk.answer_backward(i, dout[i], running, chunks, X, D, block, danchor, norm)
+        if walk.has_queries:
+            dq[i] = walk.outputs_backward(i, dout[i], running, chunks, X, D, block, danchor, norm)
         dk[i], dv[i] = errors_backward(chunks, walk.network, block, danchor, norm)
         if i > 0:
             memory.give(running)

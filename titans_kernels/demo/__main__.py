@@ -1,7 +1,7 @@
 """The memory at work on real text: `python -m titans_kernels.demo`
 
 Trains a small byte-level language model on the sources of Python's standard library, then reads
-files it has never seen as a stream, byte by byte, and asks what the memory's learning at test time
+files it has never seen as a stream, byte by byte, and measures what the memory's training meanwhile
 is worth: the same trained weights read the same text with writing switched off (theta and alpha
 exactly 0). Prints the figures, draws them, and ends with the numerics check.
 """

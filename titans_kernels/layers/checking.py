@@ -95,7 +95,7 @@ def entries(name: str, value: Any, count: int) -> None:
 
 
 def projection(name: str, value: Any, q: Tensor, sequences: int, reset_every: int) -> None:
-    """Where the projection of q [B, T, H, D] goes on."""
+    """The state from which the projection of q [B, T, H, D] continues."""
     if not isinstance(value, ProjectionState):
         raise TypeError(f"{name}: got {type(value).__name__}, takes a ProjectionState")
     x, (H, D) = value.projection, q.shape[2:]

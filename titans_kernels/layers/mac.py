@@ -165,7 +165,7 @@ class TitansMAC(Block[ContextState]):
         n = x.shape[1] if cu_seqlens is None else cu_seqlens.diff().to(state.length)
         length = state.length + n
         full = length == self.segment
-        # The next segment reads the memory as this one left it; its queries' convolution goes on.
+        # The next segment reads the memory as this one left it; the queries' convolution continues.
         past = dataclasses.replace(choose(full, memory, past), convolution=past.convolution)
         keys, values = (z.masked_fill(full.view(-1, 1, 1, 1), 0) for z in (keys, values))
         length = length.masked_fill(full, 0)
