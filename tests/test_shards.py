@@ -2,6 +2,7 @@
 
 import dataclasses
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -214,3 +215,31 @@ def test_a_place_outside_the_shard_is_refused():
     assert isinstance(wrong, MemoryState)
     with pytest.raises(ValueError, match=r"position: got \[5\], takes values from 0 to reset"):
         neural_memory(**inputs, reset_every=4, initial_state=wrong)
+
+
+def _grids(T, reset_every):
+    """Of the launches of the scan over 16 heads in one sequence; nothing is run."""
+    launch = pytest.importorskip("titans_kernels.kernels.launch")
+    grids = []
+
+    class Scan:
+        def __getitem__(self, grid):
+            return lambda **_: grids.append(tuple(grid))
+
+    class Others:
+        def __getitem__(self, grid):
+            return lambda **_: None
+
+    names = [name for name in vars(launch) if name.endswith("_kernel")]
+    kernels = {name: Scan() if name == "scan_kernel" else Others() for name in names}
+    inputs = make_inputs(1, T, 16, 16, 16, 1, dtype=torch.float32, requires_grad=False)
+    with mock.patch.multiple(launch, **kernels):
+        neural_memory(**inputs, reset_every=reset_every, backend="triton")
+    return grids
+
+
+def test_shards_are_programs_side_by_side():
+    """Without resets one program a head, one after another over the length; with them, as many."""
+    assert set(_grids(2**15, None)) == {(1, 16)}
+    assert set(_grids(2**15, 2048)) == {(16, 16)}
+    assert len(_grids(2**15, 2048)) < len(_grids(2**15, None))

@@ -149,6 +149,18 @@ CASES = (
         shapes=(Shape(T=65536),),
     ),
     Case(
+        "resets",
+        f"The operator, beside the same with reset_every={providers.RESET}, which reads the shards "
+        "of a sequence side by side: another model.",
+        providers.operator_inputs,
+        providers.defined_operator,
+        {OURS: providers.our_operator, "with resets": providers.our_shards},
+        {OURS: operator_flop, "with resets": operator_flop},
+        shapes=(Shape(T=16384, H=2),),
+        quick=(TINY,),
+        modes=(BOTH,),
+    ),
+    Case(
         "retrieve",
         "Forward passes of a memory without an update.",
         providers.operator_inputs,

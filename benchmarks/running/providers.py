@@ -31,6 +31,8 @@ class Task(NamedTuple):
     leaves: Sequence[Tensor]
 
 
+RESET = 2048  # tokens
+
 Builder = Callable[[Inputs, Shape], Task]
 
 
@@ -100,6 +102,16 @@ def leaves_of(inputs: Inputs) -> list[Tensor]:
 def our_operator(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
     def call() -> Tensor:
         return neural_memory(**inputs, chunk_size=shape.chunk, backend=backend)[0]
+
+    return Task(call, leaves_of(inputs))
+
+
+def our_shards(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
+    """The operator with resets: shards side by side."""
+
+    def call() -> Tensor:
+        options = {"chunk_size": shape.chunk, "reset_every": RESET, "backend": backend}
+        return neural_memory(**inputs, **options)[0]
 
     return Task(call, leaves_of(inputs))
 
