@@ -15,16 +15,6 @@ from pathlib import Path
 
 import pytest
 
-import titans_kernels.adapt.attention
-import titans_kernels.adapt.replacing
-import titans_kernels.adapt.titans_pytorch
-import titans_kernels.layers.lmm
-import titans_kernels.layers.mac
-import titans_kernels.layers.mag
-import titans_kernels.layers.mal
-import titans_kernels.layers.neural_memory
-import titans_kernels.memory
-import titans_kernels.models.configuration
 from titans_kernels import NeuralMemory, neural_memory, replace, retrieve, warmup
 from titans_kernels.adapt import TitansAttention, TitansPytorchMemory
 from titans_kernels.adapt.titans_pytorch import ONLY
@@ -90,17 +80,9 @@ def test_twenty_lines_from_nothing_to_a_model_that_generates():
 
 
 MODULES = [
-    titans_kernels.memory,
-    titans_kernels.layers.neural_memory,
-    titans_kernels.layers.lmm,
-    titans_kernels.layers.mac,
-    titans_kernels.layers.mag,
-    titans_kernels.layers.mal,
-    titans_kernels.layers.tnt,
-    titans_kernels.adapt.attention,
-    titans_kernels.adapt.replacing,
-    titans_kernels.adapt.titans_pytorch,
-    titans_kernels.models.configuration,
+    importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for path in sorted((ROOT / "titans_kernels").rglob("*.py"))
+    if ">>> " in path.read_text()
 ]
 
 
@@ -196,3 +178,16 @@ def test_the_site_builds_strictly(tmp_path):
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "reference" / "layers" / "index.html").read_text()
     assert 'id="titans_kernels.layers.TitansMAC"' in page and "persistent tokens" in page
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.stem)
+def test_links_of_the_repository_lead_somewhere(page):
+    """Those of README.md and its neighbours, to files and to sections of pages."""
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        path, _, section = target.partition("#")
+        if target.startswith("https://"):
+            continue
+        assert (ROOT / path).exists(), target
+        titles = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(), re.M) if section else []
+        slugs = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+        assert not section or section in slugs, target

@@ -76,7 +76,7 @@ def replace(
         >>> import torch
         >>> from titans_kernels import replace
         >>> encoder = torch.nn.TransformerEncoderLayer(64, nhead=2, batch_first=True)
-        >>> replace(encoder, "self_attn", "lmm")
+        >>> replace(encoder, "self_attn", "lmm", causal=True)
         ['self_attn']
         >>> encoder(torch.randn(1, 10, 64)).shape
         torch.Size([1, 10, 64])
