@@ -41,7 +41,7 @@ def check_outputs_and_gradients(rank, folder):
 def check_packed_sequences_and_recall(rank, folder):
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     ends = torch.tensor([0, 3, 3, 11])
-    for name in ("memory", "mac", "mag"):
+    for name in ("memory", "mac", "mag", "tnt"):
         one = layer(name)
         many = parallelize_module(copy.deepcopy(one), mesh, ShardHeads())
         x = tokens(1, 11, 8)

@@ -59,7 +59,7 @@ def check_outputs_and_gradients_of_some(rank, folder):
 
 
 def check_packed_sequences_cut_by_borders(rank, folder):
-    for name in ("memory", "mac", "mag"):
+    for name in ("memory", "mac", "mag", "tnt"):
         one = layer(name)
         many = _sharded(one, _mesh()["length"], state="all", pieces=2)
         x = tokens(1, 16, 8)

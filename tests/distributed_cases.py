@@ -7,15 +7,18 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from titans_kernels import NeuralMemory
-from titans_kernels.layers import TitansLMM, TitansMAC, TitansMAG, TitansMAL
+from titans_kernels.layers import TitansLMM, TitansMAC, TitansMAG, TitansMAL, TitansTNT
 
 SIZE = {"heads": 4, "dim_head": 3, "chunk_size": 4, "dtype": torch.float64}
+TNT = {"heads": 4, "dim_head": 3, "dtype": torch.float64, "n_persistent": 2}
+TNT |= {"global_chunk": 5, "local_chunks": (4, 3), "reset_every": 6}
 LAYERS = {
     "memory": lambda: NeuralMemory(8, per_layer_gates=True, **SIZE),
     "deep": lambda: NeuralMemory(8, depth=3, norm=False, conv_size=None, **SIZE),
     "lmm": lambda: TitansLMM(8, n_persistent=2, **SIZE),
     "mac": lambda: TitansMAC(8, segment=5, rotary=False, **SIZE),
     "mag": lambda: TitansMAG(8, window=5, rotary=False, **SIZE),
+    "tnt": lambda: TitansTNT(8, **TNT),
     "mal": lambda: TitansMAL(8, window=5, rotary=False, **SIZE),
 }
 SOME = ("memory", "mag", "mac")  # each passes states on in another way

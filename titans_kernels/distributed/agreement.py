@@ -83,6 +83,8 @@ def _options(module: nn.Module) -> dict[str, Any]:
     for prefix, part in module.named_modules():
         if isinstance(part, (NeuralMemory, Attention, Block)):
             for name, value in vars(part).items():
+                if name == "local_chunks":
+                    found[f"{prefix}.{name}"] = list(value)
                 simple = isinstance(value, (bool, int, float, str, type(None)))
                 if simple and not name.startswith("_") and name != "training":
                     found[f"{prefix}.{name}" if prefix else name] = value

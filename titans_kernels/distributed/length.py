@@ -12,13 +12,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import checks
-from ..layers import NeuralMemory, TitansLMM, TitansMAC, TitansMAG, TitansMAL
+from ..layers import NeuralMemory, TitansLMM, TitansMAC, TitansMAG, TitansMAL, TitansTNT
 from ..layers.attention import WindowAttention
 from ..layers.block import Block
 from ..layers.convolution import last_inputs
 from ..layers.learner import Schedule
+from ..layers.local import TNTMemory
 from ..layers.sealing import unsealed
-from ..layers.state import ContextState, LayerState, WindowState, concatenate
+from ..layers.state import ContextState, LayerState, ProjectionState, WindowState, concatenate
 from ..state import MemoryState
 from .agreement import agree
 from .messages import Line, Relay
@@ -189,6 +190,26 @@ class _Memory(_Linked, NeuralMemory):
         return self._relay.tie(out), after
 
 
+class _Memories(_Memory, TNTMemory):
+    """Its memories one after another, each as `_Memory` does it."""
+
+    def _project(
+        self,
+        q: Tensor,
+        k: Tensor,
+        before: tuple[ProjectionState, ...] | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[list[Tensor], tuple[ProjectionState, ...]]:
+        if not self._relay.open or self.project is None:
+            return super()._project(q, k, before, cu_seqlens)
+        if before is None and not self._relay.line.first:
+            nowhere = None if cu_seqlens is None else torch.zeros_like(cu_seqlens)
+            _, before = super()._project(q[:, :0], k[:, :0], None, nowhere)
+        queries, after = super()._project(q, k, self._relay.receive(before), cu_seqlens)
+        self._relay.send(after)
+        return queries, after
+
+
 class _Window(_Linked, WindowAttention):
     def _window(
         self, k: Tensor, v: Tensor, state: WindowState, lengths: Tensor | None
@@ -264,6 +285,10 @@ class _LengthLMM(_Block, TitansLMM):
     pass
 
 
+class _LengthTNT(_Block, TitansTNT):
+    pass
+
+
 class _LengthMAG(_Block, TitansMAG):
     pass
 
@@ -300,13 +325,14 @@ class _LengthMAC(_Block, TitansMAC):
         return relay.tie(out), after
 
 
-_PARTS = {NeuralMemory: _Memory, WindowAttention: _Window}
+_PARTS = {NeuralMemory: _Memory, TNTMemory: _Memories, WindowAttention: _Window}
 _WHOLE = {
     NeuralMemory: _LengthMemory,
     TitansLMM: _LengthLMM,
     TitansMAC: _LengthMAC,
     TitansMAG: _LengthMAG,
     TitansMAL: _LengthMAL,
+    TitansTNT: _LengthTNT,
 }
 
 

@@ -15,7 +15,7 @@ from ..state import MemoryState
 # The dimension of the heads in the tensors of all states, by their names. In those of the layers
 # the heads are side by side, in the last.
 _HEADS = {
-    **dict.fromkeys(("weights", "momentum"), 1),
+    **dict.fromkeys(("weights", "momentum", "projection"), 1),
     **dict.fromkeys(("k", "v", "theta", "alpha", "eta"), 2),
     **dict.fromkeys(("convolution", "keys", "values"), -1),
 }

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..layers import NeuralMemory, TitansLMM, TitansMAC, TitansMAG, TitansMAL
 from ..layers.attention import WindowAttention
+from ..layers.local import TNTMemory
 from .messages import HEADER
 from .pieces import divide
 
@@ -41,18 +42,23 @@ def of_length(
     e = dtype.itemsize
     if isinstance(layer, TitansMAC):
         inner, segment = layer.heads * layer.dim_head, layer.segment
-        floats = 2 * (_memory(layer.memory, e) + _history(layer.memory, e))
+        memories = [*_memories(layer.memory, e), *_projections(layer.memory, e)]
+        floats = 2 * (sum(size for size, _ in memories) + _history(layer.memory, e))
         floats += 2 * 2 * segment * inner * e
-        # Three lengths: of the memory, of that of the segment before, and of the segment.
-        return Bytes(HEADER + rows * (floats + 3 * INT), rows * floats)
+        # Of the memory, of that of the segment before, and the length of the segment.
+        counts = 2 * sum(count for _, count in memories) + 1
+        return Bytes(HEADER + rows * (floats + counts * INT), rows * floats)
     found = Bytes(HEADER, 0)
     memory = layer if isinstance(layer, NeuralMemory) else layer.memory
     assert isinstance(memory, NeuralMemory)
     history = rows * _history(memory, e)
-    state = rows * _memory(memory, e)
+    found += Bytes(history, history)
     cut = divide(rows, memory.heads, pieces, packed)
-    lengths = INT * rows * max(len(row) for row in cut)
-    found += Bytes(history + state + lengths, history + state)
+    times = max(len(row) for row in cut)  # that the counts of a row are sent, once with each piece
+    for size, count in _memories(memory, e):
+        found += Bytes(rows * (size + count * times * INT), rows * size)
+    for size, count in _projections(memory, e):
+        found += Bytes(rows * (size + count * INT), rows * size)
     if isinstance(layer, (TitansMAG, TitansMAL)):
         window = rows * _window(layer.attention, e)
         found += Bytes(window + INT * rows, window)
@@ -79,13 +85,26 @@ def of_heads(layer: nn.Module, rows: int, tokens: int, dtype: torch.dtype) -> By
     return Bytes(outputs * size, inputs * size)
 
 
-def _memory(memory: NeuralMemory, e: int) -> int:
-    """Of a sequence: weights and momentum, and the open chunk's keys, values and gates."""
+def _memories(memory: NeuralMemory, e: int) -> list[tuple[int, int]]:
+    """Of a sequence and each of its memories: bytes of numbers, and how many counts of tokens.
+
+    Numbers are weights and momentum, and the open chunk's keys, values and gates.
+    """
     wide = max(e, 4)
-    matrices = sum(a * b for a, b in memory.shapes)
+    matrices = 2 * sum(a * b for a, b in memory.shapes) * wide
     gates = memory.depth if memory.per_layer_gates else 1
-    chunk = memory.chunk_size * (2 * memory.dim_head * e + 3 * gates * wide)
-    return memory.heads * (2 * matrices * wide + chunk)
+    token = 2 * memory.dim_head * e + 3 * gates * wide
+    local = memory.local_chunks if isinstance(memory, TNTMemory) else ()
+    chunks = [(memory.chunk_size, 1), *((chunk, 2) for chunk in local)]
+    return [(memory.heads * (matrices + chunk * token), counts) for chunk, counts in chunks]
+
+
+def _projections(memory: NeuralMemory, e: int) -> list[tuple[int, int]]:
+    """The same of the projections of its queries."""
+    if not isinstance(memory, TNTMemory) or memory.project is None:
+        return []
+    count = 1 if memory.project == "shard" else len(memory.local_chunks)
+    return [(memory.heads * memory.dim_head**2 * max(e, 4), 1)] * count
 
 
 def _history(memory: NeuralMemory, e: int) -> int:

@@ -112,7 +112,8 @@ class TNTMemory(NeuralMemory):
         o, memory = self._learn(tokens, weights, norm, before, cu_seqlens, schedule)
         total, local = wide(o), []
 
-        queries, projections = self._project(q, k, state, cu_seqlens)
+        found = None if state is None else state.projections
+        queries, projections = self._project(q, k, found, cu_seqlens)
         for i, schedule in enumerate(self._schedules()):
             gates, weights, norm = self.local[i](x)
             tokens = self._tokens([queries[i], k, v], gates)
@@ -123,17 +124,22 @@ class TNTMemory(NeuralMemory):
         return total.to(q.dtype), TNTState(memory, history, tuple(local), projections)
 
     def _project(
-        self, q: Tensor, k: Tensor, state: Any, cu_seqlens: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        before: tuple[ProjectionState, ...] | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[list[Tensor], tuple[ProjectionState, ...]]:
         """The queries of every local memory, and the state of their projections."""
         count = len(self.local_chunks)
         if self.project is None:
             return [q] * count, ()
         chunks = self.local_chunks if self.project == "chunk" else (None,)
-        before = [None] * len(chunks) if state is None else state.projections
         found = [
-            project(q, k, one, cu_seqlens, self.reset_every, chunk)
-            for one, chunk in zip(before, chunks, strict=True)
+            project(
+                q, k, None if before is None else before[i], cu_seqlens, self.reset_every, chunk
+            )
+            for i, chunk in enumerate(chunks)
         ]
         queries = [projected for projected, _ in found]
         return queries * (count // len(queries)), tuple(after for _, after in found)
