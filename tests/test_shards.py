@@ -10,7 +10,7 @@ from inputs import make_inputs
 from torch.utils import _pytree as pytree
 
 import reference
-from titans_kernels import MemoryState, neural_memory
+from titans_kernels import MemoryState, neural_memory, ops
 
 PER_TOKEN = ("q", "k", "v", "theta", "alpha", "eta")
 
@@ -130,6 +130,27 @@ def test_a_cut_anywhere_changes_nothing(chunk, reset, read):
             _close(f"cut at {cuts}", x, y, 1e-12)
         for x, y in zip(_gradients(inputs, None, pieces), expected, strict=True):
             _close(f"gradient, cut at {cuts}", x, y, 1e-10)
+
+
+@pytest.mark.parametrize("reset", [None, 9])
+def test_a_token_within_a_chunk_only_reads_its_start(reset):
+    """Without gradients, with which the rest of the chunk would have some, of 0."""
+    inputs = make_inputs(2, 12, 2, 4, 8, 2, requires_grad=False)
+    options = {"chunk_size": 5, "reset_every": reset, "read": "chunk", "output_final_state": True}
+    whole, final = neural_memory(**inputs, **options)
+    learn, state, calls = ops.neural_memory, None, []
+    with (
+        torch.no_grad(),
+        mock.patch.object(ops, "neural_memory", lambda *args: calls.append(t) or learn(*args)),
+    ):
+        for t in range(12):
+            piece = inputs | {name: inputs[name][:, t : t + 1] for name in PER_TOKEN}
+            o, state = neural_memory(**piece, **options, initial_state=state)
+            _close(f"token {t}", o, whole[:, t : t + 1], 1e-12)
+    for x, y in zip(_leaves(state), _leaves(final), strict=True):
+        _close("state", x, y, 1e-12)
+    ends = [4, 9] if reset is None else [4]
+    assert calls == [0, *ends]  # the first has no state yet
 
 
 def test_rows_may_be_at_different_places_of_their_shards():

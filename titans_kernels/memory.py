@@ -106,7 +106,9 @@ def neural_memory(
     Returns:
         (o, state): o is [B, T, H, D] in q's dtype; state is None without output_final_state. Passed
         on as `initial_state` it continues exactly, wherever the sequence was cut, gradients
-        included. One token costs a pass over its open chunk, at most chunk_size tokens.
+        included. One token costs a pass over its open chunk, at most chunk_size tokens; with
+        read="chunk" and without gradients, where lengths are known on a CPU, only the last of
+        a chunk does.
 
     With "auto" the kernels check themselves on the GPU that they run on, when a configuration (GPU,
     versions, sizes, dtypes, options, with or without gradients) is first met: forward and backward
@@ -186,8 +188,14 @@ def neural_memory(
         shards = shard(packed, tuple(weights), initial_state, q.shape[1], cu_seqlens, reset_every)
         packed, position = shards.packed, shards.position
         longest, moves = torch.sym_min(longest, reset_every), True
-    final_too = output_final_state and moves
-    o, final = ops.neural_memory(packed, chosen, options, chunk_size, longest, final_too)
+    final: list[Tensor] = []
+    if read == "chunk" and not moves and not torch.is_grad_enabled():
+        # Every query reads the weights that its sequence has: nothing of the open chunk is needed.
+        cu, most = segments(q, cu_seqlens)
+        o = ops.retrieve(Reading(packed.q, packed.weights, packed.norm, cu), chosen, options, most)
+    else:
+        final_too = output_final_state and moves
+        o, final = ops.neural_memory(packed, chosen, options, chunk_size, longest, final_too)
     o = o.view(q.shape)
     if not output_final_state:
         return o, None

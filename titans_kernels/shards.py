@@ -50,13 +50,13 @@ def restart(
         return state
     if known(done) and not done.any():
         return state
-    here = done.view(-1, 1, 1, 1)
+    here, chunk = done.view(-1, 1, 1, 1), (state.k, state.v, state.theta, state.alpha, state.eta)
     return MemoryState(
         tuple(
             torch.where(here, w.to(x.dtype), x) for w, x in zip(weights, state.weights, strict=True)
         ),
         tuple(x.masked_fill(here, 0.0) for x in state.momentum),
-        *(state.k, state.v, state.theta, state.alpha, state.eta),
+        *(x.masked_fill(done.view(-1, *[1] * (x.dim() - 1)), 0.0) for x in chunk),
         state.length.masked_fill(done, 0),
         state.position.masked_fill(done, 0),
         state.reset_every,
