@@ -11,6 +11,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
     DynamicCache,
 )
 
@@ -77,6 +78,25 @@ def test_caches_under_other_names(kind, mode):
         pieces.append(model(piece, past_key_values=cache, use_cache=True).logits)
     # Their attention computes in float32 whatever the model is in.
     _close(torch.cat(pieces, 1), model(tokens, use_cache=False).logits, 1e-5)
+
+
+def test_whisper_takes_a_cache_apart():
+    model = _build(
+        AutoModelForSpeechSeq2Seq,
+        "whisper",
+        **{"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16},
+        **{"decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2},
+        **{"num_mel_bins": 4, "max_source_positions": 8, "max_target_positions": 16},
+        **{"decoder_start_token_id": 1, "init_std": 0.5},
+    )
+    replace(model, "model.decoder.layers.*.self_attn", "lmm", chunk_size=4)
+    sound = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 5, "do_sample": False}
+    tokens = model.generate(sound, **options)
+    with pytest.raises(AttributeError, match=r"a memory leaves a state.*use_cache=False"):
+        model.generate(sound, return_dict_in_generate=True, **options)
+    named = model.generate(sound, return_dict_in_generate=True, use_cache=False, **options)
+    assert torch.equal(named["sequences"][:, 1:], tokens)  # which are without the first
 
 
 def test_the_residual_that_attention_adds():

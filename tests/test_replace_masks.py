@@ -77,11 +77,12 @@ def _without(mask, *where):
         (torch.tensor([[1, 1, 1, 2, 2, 2]] * 2), "values from 1 to 2"),
         (SQUARE.float(), "values|hides"),
         (torch.full((2, 6), 0.5), "values from 0.5 to 0.5"),
+        (~torch.ones(2, 1, 6, 6).tril().bool(), "shows no token itself"),
         (_without(SQUARE, 1, 0, 5, 3), "hides tokens between"),
         (~_without(~SQUARE, 0, 0, 5, 1), "shows padding"),
         (torch.stack([SQUARE[:, 0], _without(SQUARE, 1, 0, 5, 0)[:, 0]], 1), "one head"),
     ],
-    ids=["segments", "float of 0 and 1", "half", "hole", "padding seen", "heads"],
+    ids=["segments", "float of 0 and 1", "half", "inverted", "hole", "padding seen", "heads"],
 )
 def test_masks_that_say_something_else_are_refused(mask, why):
     layer, x = _layer()
@@ -235,3 +236,26 @@ def test_multihead_attention_that_sees_both_ways():
     layer, x = _multihead(causal=False)
     with pytest.warns(UserWarning, match="nn.MultiheadAttention without a mask; .*causal=True"):
         layer(x, x, x)
+
+
+@pytest.mark.parametrize("mode", ["replace", "beside"])
+def test_a_mask_that_is_true_at_what_it_hides(mode):
+    config = AutoConfig.for_model("mpt", vocab_size=V, d_model=16, n_layers=1, n_heads=2)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    plain, block = copy.deepcopy(model), None
+    replace(model, "*.attn", "lmm", mode=mode, chunk_size=4)
+    for layer in model.modules():
+        if isinstance(layer, TitansAttention):
+            block = layer.block
+            if layer.gate is not None:
+                nn.init.ones_(layer.gate.titans_gate)
+    seen = []
+    block.register_forward_hook(lambda _, args, out: seen.append((args[0], out[0])))
+    tokens = _tokens(2, 6)
+    tokens[0, :2] = 0
+    with torch.no_grad():
+        model(tokens, attention_mask=REAL.long(), use_cache=False)
+        normed = plain.transformer.blocks[0].norm_1(plain.transformer.wte(tokens))
+    [(read, found)] = seen
+    _close(read[0], normed[REAL])  # the tokens alone, one sequence after the other
+    assert found.abs().min() > 0

@@ -145,6 +145,7 @@ class InHost(TitansAttention):
     names: tuple[str, ...] = ()  # of the host's arguments by position
     defaults: dict[str, Any] = _NO_DEFAULTS
     takes_masks = MASKS
+    hiding: frozenset[str] = frozenset()  # boolean masks of which True is hidden, as MPT's
     form: Form = ("", "")  # what is returned beside the output; None: the output alone
 
     def forward(self, *args: Any, **named: Any) -> Any:
@@ -155,6 +156,9 @@ class InHost(TitansAttention):
         if self.names[0] not in arguments:
             raise TypeError(f"{self.names[0]}: missing")
         x = arguments.pop(self.names[0])
+        for name in self.hiding.intersection(arguments):
+            if getattr(arguments[name], "dtype", None) == torch.bool:
+                arguments[name] = ~arguments[name]
         told = understood(arguments, self.defaults, self.beside, self.takes_masks)
         out = self._read(x, told)
         if told.residual is not None and not self.beside:

@@ -30,6 +30,22 @@ class MemoryLayer(CacheLayerMixin):
         self.state: State | None = None
         self.seen = 0
 
+    @property
+    def keys(self) -> Any:
+        """Whisper takes caches apart into keys and values: a state would be lost without a word."""
+        if self.state is None:
+            return None
+        raise AttributeError(
+            "past_key_values: a memory leaves a state there, no keys and values; generate with "
+            "use_cache=False, or without return_dict_in_generate"
+        )
+
+    @keys.setter
+    def keys(self, empty: None) -> None:
+        """Every layer of a cache starts without them."""
+
+    values = keys
+
     def store(self, state: State, tokens: int) -> None:
         self.state = state
         self.seen += tokens

@@ -91,6 +91,8 @@ def _from_square(seeing: Tensor) -> tuple[Tensor, Tensor]:
     seen = seeing.gather(2, before.clamp(min=0)[..., None])[..., 0]
     begins = real & ~((before >= 0) & seen)
 
+    if bool(seeing.any() & ~real.any()):
+        raise _refused("shows no token itself, as one that is True at what it hides does")
     tokens = seeing & real[..., None]  # what padding sees does not matter
     if bool((tokens & ~real[:, None]).any()):
         raise _refused("hides a token from itself, or shows padding to a token")

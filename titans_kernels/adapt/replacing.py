@@ -21,6 +21,7 @@ from .attention import (
     gated,
 )
 from .recipes import remember
+from .source import hiding
 
 Where = str | Callable[[str, nn.Module], bool]
 
@@ -184,7 +185,7 @@ def _layer(
     layer = InHost(dim, heads, variant, layer_idx=index, **options)
     layer.names, layer.defaults = hosts.signature(module)
     layer.takes_masks, layer.chunk = hosts.masks(module), hosts.chunk(module)
-    layer.form = hosts.form(module, dim)
+    layer.form, layer.hiding = hosts.form(module, dim), hiding(module)
     return layer
 
 

@@ -1,4 +1,4 @@
-"""What a module returns and whether it adds its input, read from the source of its forward.
+"""What a module returns, adds and hides, read from the source of its forward.
 
 A module that takes another's place has to return the same form. A signature does not have it, and a
 host's attention cannot be called to find out: it needs rotary embeddings, masks, caches.
@@ -27,6 +27,23 @@ def returned(module: nn.Module) -> Form:
 def adds_its_input(module: nn.Module) -> bool:
     """Whether the residual is part of the module: x + f(x), or a layer inside adds x to f(x)."""
     return _adds(module, 1)
+
+
+def hiding(module: nn.Module) -> frozenset[str]:
+    """The arguments that forward fills scores under, as they come: masks of what is hidden."""
+    tree = _tree(type(module).forward)
+    if tree is None:
+        return frozenset()
+    names = {argument.arg for argument in (*tree.args.args, *tree.args.kwonlyargs)}
+    found, changed = set(), set()
+    for node in _own(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            changed.add(node.id)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+            under = node.args[0]
+            if node.func.attr.startswith("masked_fill") and isinstance(under, ast.Name):
+                found.add(under.id)
+    return frozenset(found & names - changed)
 
 
 def _adds(module: nn.Module, place: int) -> bool:
