@@ -132,8 +132,12 @@ def _refuse_unless_default(name: str, value: Any, defaults: Mapping[str, Any]) -
 def _same(one: Any, other: Any) -> bool:
     if one is other:
         return True
-    tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
-    return tensors and one.shape == other.shape and bool(torch.equal(one, other.to(one.device)))
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape != other.shape:
+        return False
+    if torch.compiler.is_compiling():
+        torch._assert_async((one == other.to(one.device)).all(), "two arguments that contradict")
+        return True
+    return bool(torch.equal(one, other.to(one.device)))
 
 
 def _is_cache(value: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..decay import Undecayed
 from . import masks
 from .arguments import MASKS, Told, understood
-from .rows import Rows, rows_once
+from .rows import Aligned, Rows, rows_of, rows_once
 from .source import Form
 from .variants import build
 
@@ -102,7 +102,8 @@ class TitansAttention(nn.Module):
         rows = self._rows(x, told, layer)
         if rows is not None:
             x, cu_seqlens = rows.pack(x), rows.cu_seqlens
-            if layer is not None and len(cu_seqlens) != len(hidden_states) + 1:
+            several = cu_seqlens is not None and len(cu_seqlens) != len(hidden_states) + 1
+            if layer is not None and several:
                 raise ValueError("past_key_values: takes None together with packed sequences")
         out, state = self.block(x, state, cu_seqlens)
         if self.gate is not None:
@@ -112,17 +113,17 @@ class TitansAttention(nn.Module):
         out = out if rows is None else rows.unpack(out)
         return out.to(hidden_states.dtype)
 
-    def _rows(self, x: Tensor, told: Told, layer: Any) -> Rows | None:
+    def _rows(self, x: Tensor, told: Told, layer: Any) -> Rows | Aligned | None:
         past = layer is not None and layer.state is not None
         seen = layer.seen if layer is not None and layer.fixed else None
-        place: dict[str, Any] = {"seen": seen, "chunk": self.chunk}
+        place: dict[str, Any] = {"seen": seen, "chunk": self.chunk, "cached": layer is not None}
         if self.chunk is not None and told.position_ids is None and told.restarts is not None:
             step = 1 + told.restarts.long()  # only where they do not follow one another matters
             told = told._replace(position_ids=step.cumsum(1).expand(len(x), -1))
         if told.cu_seqlens is None:
             return rows_once(x, told.mask, told.position_ids, past, **place)
         if told.mask is not None:
-            rows = rows_once(x, told.mask, told.position_ids, past, **place)
+            rows = rows_of(x, told.mask, told.position_ids, past, seen=seen, chunk=self.chunk)
             whole = rows is None and told.mask.dim() == 2
             if not whole and (rows is None or not rows.packs(told.cu_seqlens)):
                 takes = "a mask of the same sequences, without padding, or None"

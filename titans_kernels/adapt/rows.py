@@ -40,6 +40,72 @@ class Rows(NamedTuple):
         return rows.view(B, T, -1)
 
 
+class Aligned(NamedTuple):
+    """The tokens of every row first and zeros behind them: one shape, whatever is padding.
+
+    A token depends on those before it alone, so what is behind changes no output. It does change
+    the state, which is not used.
+    """
+
+    real: Tensor  # [B, T], which tokens are no padding
+    cu_seqlens: None = None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C]"""
+        return _take(x.masked_fill(~self.real[..., None], 0), self._order())
+
+    def unpack(self, y: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C], zeros at padding."""
+        return _take(y, self._order().argsort(1)).masked_fill(~self.real[..., None], 0)
+
+    def _order(self) -> Tensor:
+        return (~self.real).long().argsort(dim=1, stable=True)
+
+
+def _take(x: Tensor, places: Tensor) -> Tensor:
+    return x.gather(1, places[..., None].expand_as(x))
+
+
+@torch.library.custom_op("titans_kernels::padding", mutates_args=())
+def _padding(
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    batch: list[int],
+    device: torch.device,
+    past: bool,
+    cached: bool,
+    seen: int | None,
+    chunk: int | None,
+) -> Tensor:
+    """Which tokens are no padding, [B, T]: read where a graph runs, refused as without one."""
+    B, T = batch
+    real, begins = _read(attention_mask, position_ids, (B, T), device, past, seen, chunk)
+    takes = "in one graph (fullgraph=True, export) it takes"
+    if begins is not None:
+        got = "several sequences in a row"
+        raise ValueError(f"attention_mask: got {got}; {takes} one a row, or cu_seqlens")
+    if cached and not bool(real.all()):
+        raise ValueError(f"attention_mask: got padding beside a cache; {takes} a cache or padding")
+    return real.clone()
+
+
+@_padding.register_fake
+def _(
+    attention_mask: Any, position_ids: Any, batch: Any, device: Any, *_: Any, **__: Any
+) -> Tensor:
+    return torch.empty(batch, dtype=torch.bool, device=device)
+
+
+@torch.compiler.assume_constant_result
+def _one_graph() -> bool:
+    """Whether the compiler that reads this must not break its graph, to look at values for one."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    translator: Any = InstructionTranslator.current_tx()
+    names = ("one_graph", "error_on_graph_break")
+    return any(getattr(translator, name, False) is True for name in names)
+
+
 def rows_of(
     x: Tensor,
     attention_mask: Tensor | None,
@@ -59,34 +125,54 @@ def rows_of(
         seen: the place of x in the mask. Default: at its end.
         chunk: after how many tokens attention no longer reaches back, within one sequence.
     """
-    if attention_mask is None and (position_ids is None or past or x.shape[1] < 2):
-        return None
-    if _without_values(x):  # nothing to look at; the shapes are the same
+    if _says_nothing(x, attention_mask, position_ids, past):
         return None
     B, T = x.shape[:2]
-    if attention_mask is not None:
-        real, begins = masks.read(attention_mask, (B, T), x.device, seen)
-        if begins is not None and chunk is not None:
-            begins = begins & ~_of_chunks(real, begins, position_ids, chunk)
-    elif position_ids is not None and position_ids.dim() == 2:
-        real = torch.ones(B, T, dtype=torch.bool, device=x.device)
-        begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True).expand(B, T)
-    else:
+    read = _read(attention_mask, position_ids, (B, T), x.device, past, seen, chunk)
+    real, begins = read
+    if begins is None and bool(real.all()):
         return None
-
-    several = begins is not None and bool((begins.sum(1) > 1).any())
-    if several and past and chunk is None:
-        raise ValueError("past_key_values: takes None together with packed sequences")
-    several = several and not past
-    if not several and bool(real.all()):
-        return None
-    if several:
-        assert begins is not None
+    if begins is not None:
         lengths = torch.bincount(begins[real].cumsum(0) - 1)
     else:
         lengths = real.sum(1)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     return Rows(real.flatten().nonzero()[:, 0], cu_seqlens, (B, T))
+
+
+def _says_nothing(
+    x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: bool
+) -> bool:
+    """Whether every row is one whole sequence, as far as can be known before values are read."""
+    if _without_values(x):  # nothing to look at; the shapes are the same
+        return True
+    unmarked = position_ids is None or position_ids.dim() != 2 or past or x.shape[1] < 2
+    return attention_mask is None and unmarked
+
+
+def _read(
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    batch: tuple[int, int],
+    device: torch.device,
+    past: bool,
+    seen: int | None,
+    chunk: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Which tokens are no padding, and which begin a sequence if a row holds several, [B, T]."""
+    if attention_mask is not None:
+        real, begins = masks.read(attention_mask, batch, device, seen)
+        if begins is not None and chunk is not None:
+            begins = begins & ~_of_chunks(real, begins, position_ids, chunk)
+    else:
+        assert position_ids is not None
+        real = torch.ones(batch, dtype=torch.bool, device=device)
+        begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True).expand(batch)
+    if begins is None or not bool((begins.sum(1) > 1).any()):
+        return real, None
+    if past and chunk is None:
+        raise ValueError("past_key_values: takes None together with packed sequences")
+    return real, None if past else begins
 
 
 def _of_chunks(real: Tensor, begins: Tensor, position_ids: Tensor | None, chunk: int) -> Tensor:
@@ -101,7 +187,7 @@ def _of_chunks(real: Tensor, begins: Tensor, position_ids: Tensor | None, chunk:
 
 
 def _without_values(x: Tensor) -> bool:
-    return x.is_meta or (is_fake(x) and not torch.compiler.is_compiling())
+    return x.is_meta or (not torch.compiler.is_compiling() and is_fake(x))
 
 
 # The rows of a mask for as long as it lives. On our side: a mask is the user's to save and to send.
@@ -116,8 +202,18 @@ def rows_once(
     *,
     seen: int | None = None,
     chunk: int | None = None,
-) -> Rows | None:
-    """`rows_of`, but the many layers of a host that are given the same tensor wait only once."""
+    cached: bool = False,
+) -> Rows | Aligned | None:
+    """`rows_of`, but the many layers of a host that are given the same tensor wait only once.
+
+    Args:
+        cached: whether a state is kept. In one graph rows are aligned, not packed.
+    """
+    if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or _one_graph()):
+        if _says_nothing(x, attention_mask, position_ids, past):
+            return None
+        place = (list(x.shape[:2]), x.device, past, cached, seen, chunk)
+        return Aligned(_padding(attention_mask, position_ids, *place))
 
     def made() -> Rows | None:
         return rows_of(x, attention_mask, position_ids, past, seen=seen, chunk=chunk)
