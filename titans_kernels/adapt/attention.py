@@ -101,7 +101,8 @@ class TitansAttention(nn.Module):
         x, cu_seqlens = self._in_own_dtype(hidden_states), told.cu_seqlens
         rows = self._rows(x, told, layer)
         if rows is not None:
-            x, cu_seqlens = rows.pack(x), rows.cu_seqlens
+            x = rows.pack(x)
+            cu_seqlens = rows.cu_seqlens if cu_seqlens is None else cu_seqlens
             several = cu_seqlens is not None and len(cu_seqlens) != len(hidden_states) + 1
             if layer is not None and several:
                 raise ValueError("past_key_values: takes None together with packed sequences")
@@ -116,14 +117,16 @@ class TitansAttention(nn.Module):
     def _rows(self, x: Tensor, told: Told, layer: Any) -> Rows | Aligned | None:
         past = layer is not None and layer.state is not None
         seen = layer.seen if layer is not None and layer.fixed else None
-        place: dict[str, Any] = {"seen": seen, "chunk": self.chunk, "cached": layer is not None}
+        place: dict[str, Any] = {"seen": seen, "chunk": self.chunk, "whole": layer is not None}
         if self.chunk is not None and told.position_ids is None and told.restarts is not None:
             step = 1 + told.restarts.long()  # only where they do not follow one another matters
             told = told._replace(position_ids=step.cumsum(1).expand(len(x), -1))
         if told.cu_seqlens is None:
             return rows_once(x, told.mask, told.position_ids, past, **place)
         if told.mask is not None:
-            rows = rows_of(x, told.mask, told.position_ids, past, seen=seen, chunk=self.chunk)
+            rows = rows_of(x, told.mask, told.position_ids, past, **place | {"whole": True})
+            if isinstance(rows, Aligned):
+                return rows
             whole = rows is None and told.mask.dim() == 2
             if not whole and (rows is None or not rows.packs(told.cu_seqlens)):
                 takes = "a mask of the same sequences, without padding, or None"

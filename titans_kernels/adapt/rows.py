@@ -73,7 +73,7 @@ def _padding(
     batch: list[int],
     device: torch.device,
     past: bool,
-    cached: bool,
+    whole: bool,
     seen: int | None,
     chunk: int | None,
 ) -> Tensor:
@@ -84,8 +84,9 @@ def _padding(
     if begins is not None:
         got = "several sequences in a row"
         raise ValueError(f"attention_mask: got {got}; {takes} one a row, or cu_seqlens")
-    if cached and not bool(real.all()):
-        raise ValueError(f"attention_mask: got padding beside a cache; {takes} a cache or padding")
+    if whole and not bool(real.all()):
+        got = "padding beside a cache or packed sequences"
+        raise ValueError(f"attention_mask: got {got}; {takes} either")
     return real.clone()
 
 
@@ -114,8 +115,11 @@ def rows_of(
     *,
     seen: int | None = None,
     chunk: int | None = None,
-) -> Rows | None:
+    whole: bool = False,
+) -> Rows | Aligned | None:
     """How to pack x [B, T, C]; None where every row is one whole sequence. Waits for a GPU.
+
+    In one graph rows are aligned, not packed, by what is read when it runs.
 
     Args:
         attention_mask: as `masks.read` takes it.
@@ -124,12 +128,15 @@ def rows_of(
         past: whether the rows continue earlier ones, so that no sequence begins here.
         seen: the place of x in the mask. Default: at its end.
         chunk: after how many tokens attention no longer reaches back, within one sequence.
+        whole: whether rows in one graph must have no padding, as beside a state that is kept.
     """
     if _says_nothing(x, attention_mask, position_ids, past):
         return None
     B, T = x.shape[:2]
-    read = _read(attention_mask, position_ids, (B, T), x.device, past, seen, chunk)
-    real, begins = read
+    if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or _one_graph()):
+        place = ([B, T], x.device, past, whole, seen, chunk)
+        return Aligned(_padding(attention_mask, position_ids, *place))
+    real, begins = _read(attention_mask, position_ids, (B, T), x.device, past, seen, chunk)
     if begins is None and bool(real.all()):
         return None
     if begins is not None:
@@ -202,21 +209,12 @@ def rows_once(
     *,
     seen: int | None = None,
     chunk: int | None = None,
-    cached: bool = False,
+    whole: bool = False,
 ) -> Rows | Aligned | None:
-    """`rows_of`, but the many layers of a host that are given the same tensor wait only once.
+    """`rows_of`, but the many layers of a host that are given the same tensor wait only once."""
 
-    Args:
-        cached: whether a state is kept. In one graph rows are aligned, not packed.
-    """
-    if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or _one_graph()):
-        if _says_nothing(x, attention_mask, position_ids, past):
-            return None
-        place = (list(x.shape[:2]), x.device, past, cached, seen, chunk)
-        return Aligned(_padding(attention_mask, position_ids, *place))
-
-    def made() -> Rows | None:
-        return rows_of(x, attention_mask, position_ids, past, seen=seen, chunk=chunk)
+    def made() -> Rows | Aligned | None:
+        return rows_of(x, attention_mask, position_ids, past, seen=seen, chunk=chunk, whole=whole)
 
     source = position_ids if attention_mask is None else attention_mask
     if not isinstance(source, Tensor) or torch.compiler.is_compiling() or _without_values(source):

@@ -16,7 +16,7 @@ from transformers.utils import can_return_tuple
 
 from .. import checks
 from ..adapt.cache import MemoryLayer, TitansCache, memory_layer
-from ..adapt.rows import rows_of
+from ..adapt.rows import Rows, rows_of
 from ..adapt.variants import build
 from ..layers.block import Block
 from ..layers.local import TNTMemory
@@ -185,10 +185,14 @@ class TitansModel(TitansPreTrainedModel):
         checks.boolean("output_hidden_states", output_hidden_states)
         if cu_seqlens is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")
-        rows = None if cu_seqlens is not None else rows_of(x, attention_mask, position_ids, past)
-        several = rows is not None and len(rows.cu_seqlens) != len(x) + 1
+        keeps = self.config.use_cache and not self.training if use_cache is None else use_cache
+        whole = keeps or past_key_values is not None
+        rows = None
+        if cu_seqlens is None:
+            rows = rows_of(x, attention_mask, position_ids, past, whole=whole)
+        several = isinstance(rows, Rows) and len(rows.cu_seqlens) != len(x) + 1
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and not several
+            use_cache = keeps and not several
         if several and (use_cache or past_key_values is not None):
             raise ValueError("use_cache: got True, takes False where rows hold several sequences")
         if use_cache and past_key_values is None:
