@@ -107,6 +107,22 @@ def test_new_tokens_without_a_mask(variant):
         assert torch.equal(got[:, tokens.shape[1] :], expected)
 
 
+@torch.no_grad()
+def test_more_new_tokens_than_were_read():
+    """What begins as the text that was read is the whole text; all else is new."""
+    model, text, more = _titans("lmm").double().eval(), _tokens(2, 4), _tokens(2, 9, seed=2)
+    whole = torch.cat([text, more], 1)
+    expected = model.generate(whole, **OPTIONS)[:, 13:]
+    alone = model.generate(more, **OPTIONS)[:, 9:]
+    assert not torch.equal(alone, expected)
+    for tokens in (more, whole):
+        cache = model(text[:, :3], use_cache=True).past_key_values
+        model(text[:, 3:], past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        got = model.generate(tokens.flip(0), past_key_values=_through_disk(cache), **OPTIONS)
+        assert torch.equal(got[:, tokens.shape[1] :].flip(0), expected)
+
+
 def test_states_of_layers():
     layer = NeuralMemory(8, heads=2, chunk_size=4).double()
     theirs = TitansPytorchMemory(8, batch_size=4, mem_model_norm_add_residual=False).double()

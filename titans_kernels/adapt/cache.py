@@ -7,6 +7,7 @@ to its layers, reordering for beam search above all, reaches the states too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class MemoryLayer(CacheLayerMixin):
 
     is_sliding = False
     supports_early_init = False
+    read: Tensor | None = None  # [B], a checksum of the tokens, where they are known by number
 
     def __init__(self, beside: int | None = None) -> None:
         super().__init__()
@@ -50,6 +52,18 @@ class MemoryLayer(CacheLayerMixin):
         self.state = state
         self.seen += tokens
 
+    def note(self, tokens: Tensor | None) -> None:
+        """Remember by their checksum that these [B, T] are what comes next; before `store`."""
+        before = self.read if self.seen else 0
+        known = tokens is not None and before is not None
+        self.read = _checksum(tokens, before) if known else None
+
+    def has_read(self, tokens: Tensor) -> bool | None:
+        """Whether [B, T] are all that its rows have had; None where that is not known."""
+        if self.read is None or tokens.shape != (len(self.read), self.seen):
+            return None
+        return bool((_checksum(tokens) == self.read).all())
+
     def get_seq_length(self) -> int:
         return self.seen
 
@@ -60,7 +74,7 @@ class MemoryLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.state, self.seen = None, 0
+        self.state, self.read, self.seen = None, None, 0
 
     def detach(self) -> None:
         self.state = self.state and self.state.detach()
@@ -71,13 +85,17 @@ class MemoryLayer(CacheLayerMixin):
     prefetch = offload
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.state = self.state and self.state.index_select(beam_idx)
+        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.state = self.state and self.state.map(lambda x: x[indices.to(x.device)])
+        self._each(lambda x: x[indices.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.state = self.state and self.state.map(lambda x: x.repeat_interleave(repeats, dim=0))
+        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def _each(self, f: Callable[[Tensor], Tensor]) -> None:
+        self.state = self.state and self.state.map(f)
+        self.read = None if self.read is None else f(self.read)
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
@@ -88,6 +106,15 @@ class MemoryLayer(CacheLayerMixin):
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
         self.lazy_initialization(key_states, value_states)
+
+
+def _checksum(tokens: Tensor, before: Tensor | int = 0) -> Tensor:
+    """A polynomial in the tokens [B, T] modulo 2^64, [B]; before: that of those before them."""
+    factor = 6364136223846793005
+    tokens = tokens.long()
+    powers = tokens.new_full(tokens.shape[1:], factor).cumprod(0).flip(0)  # T to 1
+    follow = powers[0] if len(powers) else 1
+    return before * follow + ((tokens + 1) * powers).sum(1)
 
 
 class TitansCache(Cache):

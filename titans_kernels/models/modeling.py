@@ -198,6 +198,8 @@ class TitansModel(TitansPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = TitansCache(len(self.layers))
             caches = list(past_key_values.layers)
+        if caches and caches[0] is not None:
+            caches[0].note(input_ids)
         seen = [x]
         if rows is not None:
             x, cu_seqlens = rows.pack(x), rows.cu_seqlens
@@ -235,17 +237,24 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
     ) -> Tensor:
-        """With a cache that has read at least as many tokens, those given to `generate` are new.
+        """Tokens given to `generate` beside a cache are the whole text, or those that are new.
 
-        More are the whole text, as everywhere in transformers; a mask over all that has been read
-        and is to be read says which, if given.
+        The whole text, as everywhere in transformers, begins with what the cache has read; all else
+        is new. Of a cache that was given embeddings this is not known: no more tokens than it has
+        read are new, more are the whole text. A mask over all that has been read and is to be read
+        decides it, if given.
         """
         mask = super()._prepare_attention_mask_for_generation(
             inputs_tensor, generation_config, model_kwargs
         )
         cache = model_kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
-        return F.pad(mask, (past, 0), value=1) if mask.shape[1] <= past else mask
+        if past == 0:
+            return mask
+        whole = mask.shape[1] > past
+        if whole and not inputs_tensor.is_floating_point():
+            whole = memory_layer(cache, 0).has_read(inputs_tensor[:, :past]) is not False
+        return mask if whole else F.pad(mask, (past, 0), value=1)
 
     @can_return_tuple
     def forward(
