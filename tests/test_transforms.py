@@ -73,6 +73,27 @@ def test_dual_numbers_through_the_operators():
         torch.testing.assert_close(got, (a - b) / (2 * step), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["LMM", "MAC"])
+def test_gradients_of_several_cotangents_at_once(name):
+    """By `is_grads_batched` and by vmap; with a graph of their own, for second derivatives."""
+    block, x = make_block(name), X[:1, :7].clone().requires_grad_()
+    out = block(x)[0].square().sum(-1).flatten()
+    eye = torch.eye(len(out), dtype=out.dtype)
+
+    def gradient(c, **options):
+        return torch.autograd.grad(out, x, c, retain_graph=True, **options)[0]
+
+    one_by_one = torch.stack([gradient(c, create_graph=True) for c in eye])
+    at_once = gradient(eye, create_graph=True, is_grads_batched=True)
+    for found in (at_once, vmap(gradient)(eye)):
+        torch.testing.assert_close(found, one_by_one, rtol=1e-12, atol=1e-14)
+    second, expected = (
+        torch.autograd.grad(g.square().sum(), x, retain_graph=True)[0]
+        for g in (at_once, one_by_one)
+    )
+    torch.testing.assert_close(second, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_triton_refuses_tangents_by_name():
     x = torch.ones(2)
     assert not ops._transformed([x], "triton")

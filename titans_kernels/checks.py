@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .packing import known as has_values
 from .state import MemoryState
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "identity")
@@ -165,7 +166,7 @@ def cu_seqlens(value: Any, q: Tensor) -> None:
         raise ValueError(f"cu_seqlens: got shape {_shape(value)}, takes [N + 1]")
     if q.shape[0] != 1:
         raise ValueError(f"q: got batch {q.shape[0]}, takes 1 together with cu_seqlens")
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    if has_values(value):
         ends = value.tolist()
         if ends[0] != 0 or ends[-1] != q.shape[1]:
             raise ValueError(
@@ -249,7 +250,7 @@ def _counts(name: str, value: Any, q: Tensor, sequences: int, most: int, meaning
     if value.device != q.device:
         raise ValueError(f"{name}: got device {value.device}, takes that of q, {q.device}")
     shape(name, value, (sequences,), "[N]")
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    if has_values(value):
         found = value.tolist()
         if not all(0 <= n <= most for n in found):
             raise ValueError(f"{name}: got {found}, takes values from 0 to {meaning} = {most}")

@@ -24,7 +24,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+<<<<<<< HEAD
 from . import selfcheck
+=======
+from .batching import one_by_one
+>>>>>>> e21c474 (FakeTensorMode and the meta device go through blocks, models and hosts; gradients of several cotangents at once)
 from .nonfinite import separate
 from .packing import Options, Packed, Reading
 from .transforms import transforming
@@ -313,6 +317,10 @@ def _gradients(arguments: Any, grads: list[Maybe]) -> list[Any]:
     names = ("cu", "bounds", "tail", "ask")
     none = {name: None for name in names if name in arguments._fields}
     return list(arguments.like(grads)._replace(**none))
+
+
+one_by_one(_memory_backward)
+one_by_one(_retrieve_backward)
 
 
 def _second_vjp(

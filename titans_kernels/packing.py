@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from .state import MemoryState
 
@@ -122,7 +123,13 @@ def segments(q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
 
 def known(lengths: Tensor) -> bool:
     """Whether the values may be looked at: they are on the host, and no compiler is reading."""
-    return lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling()
+    return lengths.device.type == "cpu" and not compiling and not is_fake(lengths)
+
+
+def without_values(x: Tensor) -> bool:
+    """Whether there is nothing but a shape: on the meta device, or in a FakeTensorMode."""
+    return x.is_meta or (not torch.compiler.is_compiling() and is_fake(x))
 
 
 def ends_chunk(state: MemoryState, T: int, cu_seqlens: Tensor | None) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import checks
+from ..packing import without_values
 from . import hosts
 from .attention import (
     READS_ON,
@@ -191,7 +192,7 @@ def _layer(
 
 def _kept(model: nn.Module, module: nn.Module) -> tuple[nn.Module, ...]:
     """What was replaced, out of a GPU's way; without weights at hand there is nothing to keep."""
-    if any(p.is_meta for p in module.parameters()):
+    if any(without_values(p) for p in module.parameters()):
         return ()
     shared = {id(p) for p in model.parameters()}.intersection(map(id, module.parameters()))
     return (module,) if shared else (module.cpu(),)

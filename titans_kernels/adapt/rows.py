@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..packing import without_values
 from . import masks
 
 
@@ -151,7 +151,7 @@ def _says_nothing(
     x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: bool
 ) -> bool:
     """Whether every row is one whole sequence, as far as can be known before values are read."""
-    if _without_values(x):  # nothing to look at; the shapes are the same
+    if without_values(x):  # nothing to look at; the shapes are the same
         return True
     unmarked = position_ids is None or position_ids.dim() != 2 or past or x.shape[1] < 2
     return attention_mask is None and unmarked
@@ -193,10 +193,6 @@ def _of_chunks(real: Tensor, begins: Tensor, position_ids: Tensor | None, chunk:
     return grid
 
 
-def _without_values(x: Tensor) -> bool:
-    return x.is_meta or (not torch.compiler.is_compiling() and is_fake(x))
-
-
 # The rows of a mask for as long as it lives. On our side: a mask is the user's to save and to send.
 _KNOWN: Any = WeakTensorKeyDictionary()
 
@@ -217,7 +213,7 @@ def rows_once(
         return rows_of(x, attention_mask, position_ids, past, seen=seen, chunk=chunk, whole=whole)
 
     source = position_ids if attention_mask is None else attention_mask
-    if not isinstance(source, Tensor) or torch.compiler.is_compiling() or _without_values(source):
+    if not isinstance(source, Tensor) or torch.compiler.is_compiling() or without_values(source):
         return made()
     # NumPy and `.data` write without a trace, on a CPU where a copy is cheap to compare with.
     copied = source.device.type == "cpu"

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..packing import without_values
 from ..transforms import transforming
 from . import checking
 from .numeric import wide
@@ -147,7 +148,7 @@ class WindowAttention(Attention):
         token = None
         if cu_seqlens is not None:  # a row for every sequence, as long as the longest
             lengths, token = _rows(cu_seqlens, x)
-            longest = max(lengths.tolist(), default=0)
+            longest = _longest(cu_seqlens, x)
             q, k, v = (_unpack(y, token, len(lengths), longest) for y in (q, k, v))
         if state is None:
             N, _, inner = k.shape
@@ -271,6 +272,13 @@ class WindowAttention(Attention):
         return f"{super().extra_repr()}, window={self.window}"
 
 
+def _longest(cu_seqlens: Tensor, x: Tensor) -> int:
+    """Tokens of the longest sequence; where there are no values, as many as it may have."""
+    if without_values(cu_seqlens):
+        return x.shape[1]
+    return max(cu_seqlens.diff().tolist(), default=0)
+
+
 def _rows(cu_seqlens: Tensor, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The lengths of packed sequences, and of every token its sequence and its place there."""
     ends = cu_seqlens.to(x.device, torch.int64)
@@ -332,7 +340,7 @@ class SegmentAttention(Attention):
             checking.held(f"state.{name}", held, takes, "[N, 2, segment, heads * dim_head]", k)
         if cu_seqlens is not None:  # a row for every sequence, as long as the longest
             _, token = _rows(cu_seqlens, x)
-            n = max(cu_seqlens.diff().tolist(), default=0)
+            n = _longest(cu_seqlens, x)
             q = _unpack(q, token, N, n)
         place = length[:, None] + torch.arange(n, device=x.device)  # [N, n]
         if token is None:

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import checks
+<<<<<<< HEAD
 from .state import ProjectionState
+=======
+from ..packing import known
+from .state import LayerState
+>>>>>>> e21c474 (FakeTensorMode and the meta device go through blocks, models and hosts; gradients of several cotangents at once)
 
 
 def state_rows(name: str, value: Any) -> None:
@@ -125,7 +130,7 @@ def lengths(name: str, x: Any, sequences: int, most: int, like: Tensor) -> None:
     if x.device != like.device:
         raise ValueError(f"{name}: got device {x.device}, takes that of x, {like.device}")
     checks.shape(name, x, (sequences,), "[N]")
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if known(x):
         found = x.tolist()
         if not all(0 <= n <= most for n in found):
             raise ValueError(f"{name}: got {found}, takes values from 0 to {most}")

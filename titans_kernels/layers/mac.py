@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..packing import without_values
 from . import checking
 from .attention import SegmentAttention
 from .block import Block, BlockOptions, Gate
@@ -112,8 +113,11 @@ class TitansMAC(Block[ContextState]):
             state = self._empty(x, sequences)
         else:
             checking.lengths("state.length", state.length, sequences, self.segment - 1, x)
-            if T != 1:
+            if T != 1 and not without_values(state.length):  # shapes are the same whatever it is
                 opened = state.length.tolist() or opened
+        if cu_seqlens is not None and without_values(cu_seqlens):
+            got = "one without values, as on the meta device"
+            raise ValueError(f"cu_seqlens: got {got}, takes one that segments are counted by")
         lengths = [T] if cu_seqlens is None else cu_seqlens.diff().tolist() or [T]
 
         n, filled = lengths[0], max(opened)
