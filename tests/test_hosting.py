@@ -64,11 +64,13 @@ def test_quantised_projections(name):
     assert quantised.step(x[:, 0], state)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("leaves", [False, True], ids=["children", "leaves"])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_sharded_part_by_part(name, mesh):
+def test_sharded_part_by_part(name, leaves, mesh):
     block, sharded = (make_block(name) for _ in range(2))
-    for part in sharded.children():
-        fully_shard(part, mesh=mesh)
+    for part in sharded.modules() if leaves else sharded.children():
+        if part is not sharded and not (leaves and [*part.children()]):
+            fully_shard(part, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     x = _x(2, 13, 6, dtype=torch.float64)
     for layer in (block, sharded):

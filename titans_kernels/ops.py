@@ -24,11 +24,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-<<<<<<< HEAD
 from . import selfcheck
-=======
 from .batching import one_by_one
->>>>>>> e21c474 (FakeTensorMode and the meta device go through blocks, models and hosts; gradients of several cotangents at once)
 from .nonfinite import separate
 from .packing import Options, Packed, Reading
 from .transforms import transforming

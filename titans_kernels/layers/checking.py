@@ -8,12 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-<<<<<<< HEAD
-from .state import ProjectionState
-=======
 from ..packing import known
-from .state import LayerState
->>>>>>> e21c474 (FakeTensorMode and the meta device go through blocks, models and hosts; gradients of several cotangents at once)
+from .state import ProjectionState
 
 
 def state_rows(name: str, value: Any) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .sealing import lasting
+
 
 class ShortConvolution(nn.Module):
     """The filters of one stream, which `convolve` applies. No bias.
@@ -38,7 +40,7 @@ class ShortConvolution(nn.Module):
 
     def forward(self) -> Tensor:
         """The filters, [channels, size]."""
-        return self.weight
+        return lasting(self, self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, size={self.size}"

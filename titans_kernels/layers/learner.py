@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..decay import Undecayed
 from .numeric import wide
+from .sealing import lasting
 
 Norm = tuple[Tensor, Tensor]
 
@@ -36,7 +37,7 @@ class MemoryWeights(nn.ParameterList):
     __call__ = nn.Module.__call__
 
     def forward(self) -> tuple[Tensor, ...]:
-        return tuple(self)
+        return tuple(lasting(self, w) for w in self)
 
 
 class Learner(Undecayed):

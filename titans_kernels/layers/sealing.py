@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..state import State
 
@@ -21,6 +21,16 @@ def unsealed(state: Any) -> Any:
     return state.state if isinstance(state, _Sealed) else state
 
 
+def _is_unit_of_fsdp2(module: nn.Module) -> bool:
+    return hasattr(type(module), "set_requires_gradient_sync")
+
+
+def lasting(module: nn.Module, weight: Tensor) -> Tensor:
+    """A weight that a module returns: a copy where FSDP frees it as soon as the call is over."""
+    freed = _is_unit_of_fsdp2(module) or getattr(module, "_is_fsdp_managed_module", False)
+    return weight.clone() if freed else weight
+
+
 class Sealing(nn.Module):
     """A module whose `forward` gets a state as its caller passed it.
 
@@ -31,7 +41,7 @@ class Sealing(nn.Module):
     """
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        if hasattr(type(self), "set_requires_gradient_sync"):  # only FSDP2 gives a module this
+        if _is_unit_of_fsdp2(self):
             args = tuple(_Sealed(x) if isinstance(x, State) else x for x in args)
             named = {k: _Sealed(x) if isinstance(x, State) else x for k, x in named.items()}
         return super().__call__(*args, **named)
