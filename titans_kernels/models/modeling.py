@@ -29,6 +29,8 @@ _AUTO_MAP = {
     "AutoConfig": "TitansConfig",
     "AutoModel": "TitansModel",
     "AutoModelForCausalLM": "TitansForCausalLM",
+    "AutoModelForSequenceClassification": "TitansForSequenceClassification",
+    "AutoModelForTokenClassification": "TitansForTokenClassification",
 }
 
 
@@ -84,6 +86,10 @@ class TitansPreTrainedModel(PreTrainedModel):
                 nn.init.normal_(linear.weight, std=std)
         elif isinstance(module, nn.Embedding) or module is self.get_output_embeddings():
             nn.init.normal_(module.weight, std=std)
+        elif module is getattr(self, "score", None):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
 
