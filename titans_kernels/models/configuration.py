@@ -53,6 +53,9 @@ class TitansConfig(PreTrainedConfig):
         initializer_range (float | None): deviation of embeddings, head and MLPs at the start.
             Default: hidden_size^-1/2, so that small models start no further from their blocks'
             scale than large ones.
+        loss_chunk (int | None): with labels, logits are computed of so many tokens at a time, and
+            again for their gradient, and are not returned: a large vocabulary in little memory.
+            Default: None, all at once.
         rms_norm_eps, use_cache, tie_word_embeddings, pad_token_id, bos_token_id, eos_token_id: as
             in every model of transformers.
 
@@ -96,6 +99,7 @@ class TitansConfig(PreTrainedConfig):
     max_learning_rate: float = 0.1
     backend: str = "auto"
     initializer_range: float | None = None
+    loss_chunk: int | None = None
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -110,6 +114,8 @@ class TitansConfig(PreTrainedConfig):
             self.local_chunks = [16]
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads"):
             checks.integer(name, getattr(self, name), 1)
+        if self.loss_chunk is not None:
+            checks.integer("loss_chunk", self.loss_chunk, 1)
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
         if self.initializer_range is None:

@@ -23,6 +23,7 @@ from ..layers.local import TNTMemory
 from ..layers.sealing import Sealing
 from ..layers.state import State
 from .configuration import TitansConfig
+from .loss import next_token_loss
 
 _POINTER = "modeling_titans"
 _AUTO_MAP = {
@@ -281,6 +282,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
 
         Args:
             labels (Tensor | None): [B, T], the input_ids; the loss shifts them. -100: no loss.
+                With `config.loss_chunk` the output then has a loss and no logits.
             logits_to_keep (int | Tensor): of that many last tokens, or of these; 0: of all.
         """
         outputs = self.model(
@@ -294,12 +296,19 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             cu_seqlens=cu_seqlens,
             cu_seq_lens_q=kwargs.pop("cu_seq_lens_q", None),
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            size = self.config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
+        hidden, chunk, logits, loss = outputs.last_hidden_state, self.config.loss_chunk, None, None
+        whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if labels is not None and chunk is not None and whole:
+            counted = {n: kwargs.get(n) for n in ("num_items_in_batch", "shift_labels")}
+            loss = next_token_loss(self.lm_head, hidden, labels, chunk, **counted)
+        else:
+            last = isinstance(logits_to_keep, int)
+            logits = self.lm_head(
+                hidden[:, slice(-logits_to_keep, None) if last else logits_to_keep]
+            )
+            if labels is not None:
+                size = self.config.vocab_size
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
