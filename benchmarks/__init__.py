@@ -4,6 +4,7 @@
     python -m benchmarks.evidence   what models with a memory learn
     python -m benchmarks.gpu        all of it on a GPU that is at hand for minutes, resumable
     python -m benchmarks.cluster    a plan for many GPUs, on paper
+    python -m benchmarks.loss       a language model's loss, its logits whole or in pieces
 
     running/        cases, sizes and providers; the harness that checks, times and measures memory
     reporting/      tables, plots and the figures of docs/ from recorded results

@@ -50,7 +50,11 @@ def _measure(case: Case, provider: str, shape: Shape, mode: str, threads: int) -
         return runner(build(case.made(shape, length), shape), mode)
 
     prepared(shape.checked)()
-    run = prepared(shape.T)
+    return growth(prepared(shape.T))
+
+
+def growth(run: Callable[[], Any]) -> int:
+    """Bytes by which this process grows in one call, on a CPU."""
     gc.collect()
     _give_back()
     before = _restart()
