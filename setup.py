@@ -43,6 +43,7 @@ dev = [
     "pytest",
     "pytest-xdist",
     "ruff",
+    "tensorboard",
     "setuptools>=70.1",  # the tests build a wheel without the network
     "transformers==5.23.0",  # its own tests of models are those of a release
     "titans-pytorch==0.5.5",  # an independent implementation that the tests compare against

@@ -14,6 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from titans_kernels.models import TitansForCausalLM
 from titans_kernels.train import checkpoint
@@ -284,6 +289,50 @@ def test_text_of_ones_own(tmp_path):
     assert len(training.files) + len(training.held_out) == 20
     training.run()
     assert (tmp_path / "out/model/model.safetensors").exists()
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A tokenizer of three words, and texts of these as JSON lines."""
+    vocabulary = {"<eos>": 0, "<unk>": 1, "one": 2, "two": 3, "three": 4}
+    model = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(tmp_path / "words")
+    texts = [{"text": "one two three " * 1000}, {"text": "three " * 3000}] * 40
+    lines = "".join(f"{json.dumps(text)}\n" for text in texts)
+    (tmp_path / "texts.jsonl").write_text(lines)
+    return {"tokenizer": str(tmp_path / "words"), "data": str(tmp_path / "texts.jsonl")}
+
+
+def test_tokens_of_a_tokenizer_from_json_lines(words, tmp_path):
+    out = tmp_path / "out"
+    training = Training(_config(out, **words, steps=2, tensorboard=True), ALONE)
+    assert training.model.config.vocab_size == 5
+    found = training.files[0]
+    assert found[:4].tolist() in ([2, 3, 4, 2], [4, 4, 4, 4])
+    assert set(found.tolist()) == {0, 2, 3, 4}  # ends of texts among them
+    training.run()
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    assert tokenizer("three one", add_special_tokens=False)["input_ids"] == [4, 2]
+    [events] = (out / "tensorboard").iterdir()
+    reader = EventAccumulator(str(events)).Reload()
+    logged = [event.value for event in reader.Scalars("train/bits")]
+    rows = [float(row["bits"]) for row in _rows(out / "train.csv")]
+    assert logged == pytest.approx(rows, rel=1e-5) and len(rows) == 2
+
+
+def test_tokenizers_and_texts_that_are_none(words, tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer: got '.*nowhere', takes a tokenizer of"):
+        _config(tmp_path, tokenizer=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"model\.vocab_size: got 4, takes at least 5"):
+        _config(tmp_path, **words, model={"vocab_size": 4})
+    path = tmp_path / "wrong.jsonl"
+    path.write_text('{"text": "one"}\n{"words": "two"}\n')
+    with pytest.raises(ValueError, match=r"data: line 2 of .*wrong\.jsonl is not that"):
+        Training(_config(tmp_path / "out", data=str(path)), ALONE)
 
 
 @pytest.mark.parametrize("suffix", ["json", "yaml"])

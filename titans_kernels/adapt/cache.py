@@ -55,8 +55,8 @@ class MemoryLayer(CacheLayerMixin):
     def note(self, tokens: Tensor | None) -> None:
         """Remember by their checksum that these [B, T] are what comes next; before `store`."""
         before = self.read if self.seen else 0
-        known = tokens is not None and before is not None
-        self.read = _checksum(tokens, before) if known else None
+        unknown = tokens is None or before is None
+        self.read = None if unknown else _checksum(tokens, before)  # type: ignore[arg-type]
 
     def has_read(self, tokens: Tensor) -> bool | None:
         """Whether [B, T] are all that its rows have had; None where that is not known."""

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from .. import checks
+from .text import tokenizer_of
 
 MODEL = {
     **{"vocab_size": 256, "hidden_size": 256, "num_hidden_layers": 4, "num_heads": 4},
@@ -25,7 +26,7 @@ MODEL = {
 CHANGEABLE = {
     *("out", "steps", "device", "gradient_checkpointing"),
     *("evaluate_every", "checkpoint_every", "keep", "log_every", "mesh"),
-    *("timeout", "asynchronous"),
+    *("timeout", "asynchronous", "tensorboard"),
 }
 MESH = ("data", "length", "heads")
 LARGEST_SEED = 2**63 - 1
@@ -35,7 +36,7 @@ LARGEST_SEED = 2**63 - 1
 class Config:
     """One run.
 
-    A step reads `rows` rows of `length` bytes, divided among the processes. `pieces` steps follow
+    A step reads `rows` rows of `length` tokens, divided among the processes. `pieces` steps follow
     each other through the same windows of text with the memory carried on, but not its gradient.
 
     Raises:
@@ -46,8 +47,10 @@ class Config:
     out: str = "train-output"  # checkpoints, logs and the model; a run found there is resumed
     model: dict[str, Any] = field(default_factory=dict)  # of TitansConfig, over MODEL
     start: str | None = None  # the model to begin with, a folder; its local_chunks may be others
-    data: str | None = None  # a folder of text files; None: the sources of Python's library
-    pattern: str = "*.py"  # files in it
+    # A folder of text files, or a file of JSON lines with a "text" each; None: Python's library.
+    data: str | None = None
+    pattern: str = "*.py"  # files in the folder
+    tokenizer: str | None = None  # of transformers, a folder or a name; None: tokens are bytes
     steps: int = 2000  # more than before: a finished run is resumed
     rows: int = 8  # of all processes together
     length: int = 256
@@ -64,6 +67,7 @@ class Config:
     keep: int = 2  # checkpoints, the newest
     asynchronous: bool = False  # checkpoints are written while training continues
     log_every: int = 10
+    tensorboard: bool = False  # beside the CSV files
     seed: int = 0
     device: str = "auto"  # "auto", "cuda": a GPU of its own for each process, if there are any
     bf16: bool = True  # on a GPU: matrix products in bfloat16, parameters in float32
@@ -89,10 +93,11 @@ class Config:
                 least_is_met = good and (value > 0 or (zero and value == 0))
                 _check(f.name, value, good, takes, least_is_met and math.isfinite(value))
             elif f.name not in ("model", "mesh"):
-                none = f.name in ("data", "start") and value is None
+                none = f.name in ("data", "start", "tokenizer") and value is None
                 _check(f.name, value, isinstance(value, str) or none, "text", none or value != "")
         self._check_device()
         self._check_mesh()
+        self._check_tokenizer()
         self._check_model()
 
     def _check_device(self) -> None:
@@ -112,6 +117,16 @@ class Config:
         except (TypeError, ValueError) as error:
             raise type(error)(f"mesh.{error}") from None
 
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer is not None:
+            try:
+                tokenizer_of(self.tokenizer)
+            except (OSError, ValueError) as error:
+                takes = "a tokenizer of transformers, a folder or a name"
+                reason = str(error).splitlines()[0]
+                message = f"tokenizer: got {self.tokenizer!r}, takes {takes}: {reason}"
+                raise ValueError(message) from None
+
     def _check_model(self) -> None:
         from ..adapt.variants import build
         from ..models import TitansConfig
@@ -124,7 +139,14 @@ class Config:
             raise type(error)(f"model.{error}") from None
 
     def model_options(self) -> dict[str, Any]:
-        return MODEL | self.model
+        if self.tokenizer is None:
+            return MODEL | self.model
+        known = len(tokenizer_of(self.tokenizer))
+        options = MODEL | {"vocab_size": known} | self.model
+        got = options["vocab_size"]
+        if isinstance(got, int) and got < known:
+            raise ValueError(f"vocab_size: got {got}, takes at least {known}, as the tokenizer has")
+        return options
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")

@@ -30,7 +30,7 @@ from .config import CHANGEABLE, Config
 from .logs import Logs
 from .measures import bits, by_doubling
 from .processes import Processes
-from .text import excerpts, read_text, windows
+from .text import excerpts, read_text, tokenizer_of, windows
 
 BACKGROUND = 10  # steps that an asynchronous checkpoint has before training waits for it
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -60,21 +60,24 @@ class Training:
         if processes.first:
             self.out.mkdir(parents=True, exist_ok=True)
             config.save(self.out / "config.json")
-            self.logs = Logs(self.out, self.step)
+            self.logs = Logs(self.out, self.step, config.tensorboard)
         processes.wait()
 
     def _read_text(self) -> None:
         """The files that are long enough."""
-        config, text = self.config, read_text(self.config.data, self.config.pattern)
+        config = self.config
+        self.tokenizer = config.tokenizer and tokenizer_of(config.tokenizer)
+        text = read_text(config.data, config.pattern, self.tokenizer)
+        self.unit = "byte" if self.tokenizer is None else "token"
         least = config.pieces * config.length + 1, config.evaluate_length + 1
         self.files = [file for file in text.train if len(file) >= least[0]]
         self.held_out = [file for file in text.held_out if len(file) >= least[1]]
         if not self.files:
-            raise ValueError(f"pieces, length: no file is {least[0]} bytes long")
+            raise ValueError(f"pieces, length: no file is {least[0]} {self.unit}s long")
         if min(len(self.held_out), config.evaluate_files) < self.processes.place("data")[1]:
             raise ValueError(
                 f"evaluate_files, evaluate_length: {len(self.held_out)} files held out are "
-                f"{least[1]} bytes long, takes one for each process at least"
+                f"{least[1]} {self.unit}s long, takes one for each process at least"
             )
 
     def run(self, until: int | None = None) -> None:
@@ -97,7 +100,7 @@ class Training:
                 last = self.step == config.steps
                 if self.step % config.log_every == 0 or last:
                     row = {n: x.item() if isinstance(x, Tensor) else x for n, x in row.items()}
-                    bar.set_postfix_str(f"{row['bits']:.3f} bits per byte", refresh=False)
+                    bar.set_postfix_str(f"{row['bits']:.3f} bits per {self.unit}", refresh=False)
                     self._log("train", [row])
                 if self.step % config.evaluate_every == 0 or last:
                     self._log("evaluation", self.evaluate())
@@ -108,6 +111,8 @@ class Training:
         self._finish_saving()
         if self.step == config.steps:
             sharding.save_model(self.model, self.out / "model", self.processes)
+            if self.tokenizer is not None and self.processes.first:
+                self.tokenizer.save_pretrained(self.out / "model")
         self.processes.wait()
 
     def _train_step(self) -> dict[str, Any]:
