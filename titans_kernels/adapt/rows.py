@@ -97,7 +97,6 @@ def _(
     return torch.empty(batch, dtype=torch.bool, device=device)
 
 
-@torch.compiler.assume_constant_result
 def _one_graph() -> bool:
     """Whether the compiler that reads this must not break its graph, to look at values for one."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -105,6 +104,10 @@ def _one_graph() -> bool:
     translator: Any = InstructionTranslator.current_tx()
     names = ("one_graph", "error_on_graph_break")
     return any(getattr(translator, name, False) is True for name in names)
+
+
+# As by torch.compiler.assume_constant_result, which would import the whole compiler now.
+_one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def rows_of(
