@@ -66,7 +66,7 @@ class Training:
     def _read_text(self) -> None:
         """The files that are long enough."""
         config = self.config
-        self.tokenizer = config.tokenizer and tokenizer_of(config.tokenizer)
+        self.tokenizer = None if config.tokenizer is None else tokenizer_of(config.tokenizer)
         text = read_text(config.data, config.pattern, self.tokenizer)
         self.unit = "byte" if self.tokenizer is None else "token"
         least = config.pieces * config.length + 1, config.evaluate_length + 1
