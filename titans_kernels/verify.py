@@ -78,7 +78,7 @@ def _retrieve(ops: Operators, x: Arguments) -> tuple[Tensor, Any]:
 
 
 def _retrieve_state(ops: Operators, x: Arguments) -> tuple[Tensor, Any]:
-    """Read what the memory has become after all tokens, its open chunk included."""
+    """Read the memory after all tokens, its open chunk included."""
     _, state = _learn(ops, x)
     return ops.retrieve(x["q"], state, norm=x["norm"], cu_seqlens=x["cu_seqlens"]), state
 

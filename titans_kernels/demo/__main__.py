@@ -113,7 +113,7 @@ def _trained(text: Text, size: Size, options: argparse.Namespace) -> ByteModel:
 
 
 def _read(model: ByteModel, text: Text, size: Size, options: argparse.Namespace) -> bool:
-    """Read held-out files and report; whether reading byte by byte is reading."""
+    """Read held-out files and report; returns whether byte by byte gives the same."""
     excerpt = excerpts(text.held_out, size.length + 1, size.files).to(options.device)
     streamed = stream(model, excerpt)
     in_pieces, _ = read(model, excerpt)

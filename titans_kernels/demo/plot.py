@@ -1,4 +1,4 @@
-"""The plot: what a byte costs, and what writing saves, by how much has been read."""
+"""The plot: bits of a byte, and what the memory's training saves, by how much has been read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..train.measures import by_doubling
 
-WRITING, OFF = "#1f6fb4", "#c8553d"
+WRITING, OFF = "#0072b2", "#d55e00"  # told apart by colour-blind readers too
 
 
 def band(costs: Tensor) -> tuple[Tensor, Tensor]:

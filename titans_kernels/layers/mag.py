@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import checking
-from .attention import WindowAttention
-from .block import Block, BlockOptions, Gate, repeat
+from .block import Gate, repeat
 from .state import HybridState
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .window import WindowBlock
 
 
-class TitansMAG(Block[HybridState]):
+class TitansMAG(WindowBlock):
     """Memory as a gate: it reads beside attention, and gates it (arXiv 2501.00663, section 4.2).
 
         p, x --+-- sliding-window attention --- rms, w_y ------------ * --- out
@@ -55,28 +50,8 @@ class TitansMAG(Block[HybridState]):
         (torch.Size([1, 64]), torch.Size([1, 31, 64]))
     """
 
-    state_type = HybridState
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        heads: int = 4,
-        dim_head: int | None = None,
-        window: int = 512,
-        n_persistent: int = 4,
-        rotary: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **memory: Unpack[BlockOptions],
-    ) -> None:
-        super().__init__(dim, heads, dim_head, n_persistent, device=device, dtype=dtype, **memory)
-        checking.state_rows("window", window)
-        checking.rotary(rotary, self.dim_head)
-        self.attention = WindowAttention(
-            dim, heads, self.dim_head, rotary, window, device=device, dtype=dtype
-        )
-        self.gate = Gate(dim, device=device, dtype=dtype)
+    def _add_parts(self, **place: Any) -> None:
+        self.gate = Gate(self.dim, **place)
 
     def _read(
         self, x: Tensor, state: HybridState | None, cu_seqlens: Tensor | None

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
 from torch import Tensor
 
-from . import checking
-from .attention import WindowAttention
-from .block import Block, BlockOptions
 from .state import HybridState
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .window import WindowBlock
 
 
-class TitansMAL(Block[HybridState]):
-    """Memory as a layer: attention reads what the memory made of x (arXiv 2501.00663, section 4.3).
+class TitansMAL(WindowBlock):
+    """Memory as a layer: attention over the memory's outputs (arXiv 2501.00663, section 4.3).
 
         p, x --- memory --- sliding-window attention --- out
 
@@ -25,8 +17,8 @@ class TitansMAL(Block[HybridState]):
         y = M(x̃)                    (30)
         o = SW-Attn(y)              (31)
 
-    The persistent tokens are the first that a sequence reads, and no more than that: the memory has
-    learned them, attention sees them while they are in its window. [B, T, dim] -> ([B, T, dim],
+    The persistent tokens are the first that a sequence reads, and no more than that: the memory is
+    trained on them, attention sees them while they are in its window. [B, T, dim] -> ([B, T, dim],
     HybridState). With inner = heads * dim_head, the parameters are
 
         those of NeuralMemory + 4 dim inner + n_persistent dim
@@ -35,7 +27,7 @@ class TitansMAL(Block[HybridState]):
         dim (int): width of the model.
         heads (int): memories side by side, and heads of the attention. Default: 4.
         dim_head (int | None): width of queries, keys and values of both. Default: dim / heads.
-        window (int): tokens that a token sees, itself among them. Default: 512.
+        window (int): tokens that a token attends to, itself included. Default: 512.
         n_persistent (int): P, persistent tokens. Default: 4.
         rotary (bool): whether attention rotates queries and keys by their distance. Default: True.
         device, dtype: of the parameters.
@@ -53,28 +45,6 @@ class TitansMAL(Block[HybridState]):
         >>> out.shape, state.attention.keys.shape
         (torch.Size([1, 64]), torch.Size([1, 31, 64]))
     """
-
-    state_type = HybridState
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        heads: int = 4,
-        dim_head: int | None = None,
-        window: int = 512,
-        n_persistent: int = 4,
-        rotary: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **memory: Unpack[BlockOptions],
-    ) -> None:
-        super().__init__(dim, heads, dim_head, n_persistent, device=device, dtype=dtype, **memory)
-        checking.state_rows("window", window)
-        checking.rotary(rotary, self.dim_head)
-        self.attention = WindowAttention(
-            dim, heads, self.dim_head, rotary, window, device=device, dtype=dtype
-        )
 
     def _read(
         self, x: Tensor, state: HybridState | None, cu_seqlens: Tensor | None

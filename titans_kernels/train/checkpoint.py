@@ -81,7 +81,7 @@ def save(
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that is whole, and its facts.
 
-    Every damaged one that is passed over is warned of, by the file that is damaged.
+    Warns of every damaged one that it skips, naming the damaged file.
 
     Raises:
         ValueError: if there are checkpoints, but none is whole.

@@ -1,4 +1,4 @@
-"""What a run is: a configuration file, YAML or JSON, and changes to it on the command line."""
+"""The configuration of a run: a file, YAML or JSON, and changes to it on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: CSV files, and tensorboard's beside them."""
+"""The logs of a run: CSV files, and tensorboard's beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What text costs: bits of every token, and by how much has been read."""
+"""Bits of text: of every token, and by how much has been read."""
 
 from __future__ import annotations
 
