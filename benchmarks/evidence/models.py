@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans_kernels.layers import NeuralMemory, TitansLMM, TitansMAG
+from titans_kernels.layers import NeuralMemory, TitansLMM, TitansMAG, TitansTNT
 from titans_kernels.layers.attention import WindowAttention
 from titans_kernels.layers.convolution import ShortConvolution, convolve
 
@@ -61,6 +61,8 @@ class GatedLinearAttention(nn.Module):
 Mixer = Callable[[], nn.Module]
 _memory = {"heads": HEADS, "expansion": EXPANSION, "max_learning_rate": 0.3}
 _lmm = partial(TitansLMM, DIM, **_memory)
+_chunks = {"global_chunk": 32, "local_chunks": (8,), "reset_every": 64}
+_tnt = partial(TitansTNT, DIM, **_chunks, **_memory)
 
 
 def _shut(gate: str, **options: Any) -> nn.Module:
@@ -97,6 +99,11 @@ KINDS = {
             partial(TitansMAG, DIM, window=WINDOW, **_memory),
         ),
         Kind(
+            "tnt",
+            "TitansTNT: the same memory in chunks of 32, beside one in chunks of 8, reset every 64",
+            _tnt,
+        ),
+        Kind(
             "window",
             f"softmax attention over the last {WINDOW} tokens, rotary",
             partial(WindowAttention, DIM, HEADS, DIM // HEADS, True, WINDOW),
@@ -114,6 +121,7 @@ KINDS = {
         Kind("eta = 0", "memory without momentum", partial(_shut, "eta")),
         Kind("alpha = 0", "memory without forgetting", partial(_shut, "alpha")),
         Kind("depth 1", "memory that is one matrix, with its norm", partial(_lmm, depth=1)),
+        Kind("not onto keys", "tnt without the projection", partial(_tnt, project=None)),
         Kind("no conv", "memory without convolutions", partial(_lmm, conv_size=None)),
         Kind(
             "theta 0.1",
@@ -122,7 +130,7 @@ KINDS = {
         ),
     )
 }
-ABLATIONS = ("eta = 0", "alpha = 0", "depth 1", "no conv", "theta 0.1")
+ABLATIONS = ("eta = 0", "alpha = 0", "depth 1", "not onto keys", "no conv", "theta 0.1")
 
 
 class Block(nn.Module):
