@@ -15,16 +15,17 @@ from benchmarks import RESULTS
 from benchmarks.gpu import collect
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.kit import AGAIN, MORE, Kit, Step, program, work
-from benchmarks.gpu.matrix import REHEARSED
+from benchmarks.gpu.matrix import REHEARSED, cases
 from benchmarks.gpu.stages import METRICS, STAGES, counters
-from benchmarks.machine_code.model import forward_flop
+from benchmarks.machine_code.model import forward_flop, predict, tnt
 from benchmarks.reporting import page
 from benchmarks.reporting.plots import draw
 from benchmarks.running.cases import OURS
 from benchmarks.running.harness import Row
 from benchmarks.running.journal import Journal
 from benchmarks.running.machine import describe
-from benchmarks.running.shapes import FORWARD, Shape
+from benchmarks.running.providers import RESET
+from benchmarks.running.shapes import BOTH, FORWARD, Shape
 
 ROOT = Path(__file__).parents[1]
 
@@ -178,3 +179,18 @@ def test_pictures_of_a_gpu(tmp_path):
     record = tmp_path / "gpu.json"
     record.write_text(json.dumps({"machine": machine, "rows": [row.record()]}))
     assert {path.name for path in draw(record)} == {"gpu-time.png", "gpu-roofline.png"}
+
+
+def test_shards_fill_a_gpu_on_paper():
+    """One sequence has too few programs, and its shards enough; where there are enough, none."""
+    few, many = (Shape(32768, B=B, H=16) for B in (1, 8))
+    local, whole = tnt(few)
+    assert local < sum(predict(few).values()) / 4 and local + whole < sum(predict(few).values())
+    assert tnt(many)[0] == pytest.approx(sum(predict(many).values()))
+    assert tnt(many, BOTH)[1] > tnt(many)[1]
+
+
+def test_the_matrix_has_the_operator_with_resets():
+    (case,) = (case for case in cases() if case.name == "resets")
+    assert list(case.providers) == [OURS, "with resets"] and case.device == "cuda"
+    assert all(shape.T > RESET for shape in case.shapes)

@@ -27,6 +27,7 @@ SHAPES = {
         *(Shape(8192, chunk, 8, 16, D) for D, chunk in ((64, 256), (48, 16), (96, 16))),
     ),
     "compiled": (Shape(2048, 16, 8, 16),),
+    "resets": (Shape(32768, 16, 1, 16), Shape(32768, 16, 8, 16)),
     "retrieve": (Shape(8192, 16, 8, 16),),
     "layer": (Shape(2048, 16, 8, 16), Shape(8192, 16, 4, 16)),
     "layer-paper": (Shape(512, 16, 2, 16), Shape(2048, 16, 1, 16)),
@@ -51,6 +52,15 @@ def cases(rehearse: bool = False) -> tuple[Case, ...]:
             about="The same where the GPU is full, texts are long, or sizes lie between.",
             providers={OURS: partial(build, backend="triton")} | _peers(operator) | peers.OPERATORS,
             **ours,
+        ),
+        replace(
+            cpu["resets"],
+            providers={
+                OURS: partial(build, backend="triton"),
+                "with resets": partial(providers.our_shards, backend="triton"),
+            },
+            definition=build,
+            flop={OURS: forward_flop, "with resets": forward_flop},
         ),
         _ours(reading, providers.our_reading, {}),
         _ours(layer, providers.our_layer, _peers(layer), flop={}),

@@ -51,6 +51,10 @@ what caches can give again. A pass takes the slower of the two; scan and scan_ba
 wait for each other and which have one program to a sequence and head, at least their chunks'
 latency, in as many turns as programs need. Rates were measured on an H200; the latency of a chunk
 is a guess that a measurement has to replace, and so is that a chunk takes twice as long backwards.
+
+TNT is predicted as its two memories one after the other: the local one as so many more sequences
+as there are shards of 2,048 tokens, the global one in chunks of 2,048, whose queries read matrices
+that are there (recall, and twice its cost backwards) instead of a block's history.
 """
 
 from __future__ import annotations
@@ -59,6 +63,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from math import ceil
 from pathlib import Path
@@ -182,6 +187,35 @@ def predict(shape: Shape, mode: str = FORWARD, arch: str = "sm_90") -> dict[str,
     return seconds
 
 
+def tnt(shape: Shape, mode: str = FORWARD, size: int = 2048) -> tuple[float, float]:
+    """Seconds of the local memory, with the chunk of the shape and so many tokens to a shard, and
+    of the global one with as many to a chunk."""
+    T = min(shape.T, size)
+    local = predict(replace(shape, B=shape.B * ceil(shape.T / T), T=T), mode)
+    whole = replace(shape, chunk=size)
+    others = {name: s for name, s in predict(whole, mode).items() if "retrieve" not in name}
+    block = _tile(whole, mode, "sm_90").block
+    reading = cost("recall", whole.D, whole.hidden, block, whole.chunk, whole.T).floor
+    times = (3 if mode == BOTH else 1) * whole.B * whole.T * whole.H
+    return sum(local.values()), sum(others.values()) + 1e-9 * times * reading
+
+
+def beside_tnt() -> list[str]:
+    """A row for each mode and batch: what chunks that wait for each other cost, and shards."""
+    head = ("B x H x D", "T", "chunk", "mode", "Titans ms", "local ms", "global ms", "TNT is")
+    rows = ["", "TNT, with resets and a global chunk of 2,048, beside Titans"]
+    rows.append(" ".join(f"{x:>12}" for x in head))
+    for mode, B, chunk in product(COLUMNS, (1, 8), (16, 64)):
+        shape = Shape(32768, chunk, B, 16, 64)
+        whole, (local, other) = sum(predict(shape, mode).values()), tnt(shape, mode)
+        times = f"{whole / (local + other):.1f}x as fast"
+        short = "forward" if mode == FORWARD else "both"
+        cells = (f"{1e3 * x:.3f}" for x in (whole, local, other))
+        row = (f"{B} x 16 x 64", shape.T, chunk, short, *cells, times)
+        rows.append(" ".join(f"{x!s:>12}" for x in row))
+    return rows
+
+
 def measured(results: Path) -> dict[tuple[Shape, str], float]:
     """Seconds of ours on kernels by shape and mode, from recorded runs on an H200."""
     found = {}
@@ -230,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = parser.parse_args(argv).results
     for mode in COLUMNS:
         print(*table(results, mode), sep="\n")
+    print(*beside_tnt(), sep="\n")
     return 0
 
 
