@@ -25,6 +25,7 @@ from titans_kernels.train.config import Config
 
 ROOT = Path(__file__).parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
+SUPPORT = DOCS / "support.md"
 IN_PROCESSES = {"distributed.md"}  # checks_docs.py runs it on four
 
 
@@ -60,6 +61,12 @@ def test_the_readme_is_short_and_runs():
     assert len(README.read_text().splitlines()) <= 150
     names = _run(README)
     assert names["out"].shape == (2, 1000, 384) and names["token"].shape == (2, 384)
+
+
+def test_as_many_families_are_named_as_were_tried():
+    families = set(re.findall(r"^\| (\w+) \| (?:replace|beside)", SUPPORT.read_text(), re.M))
+    for page, words in ((README, "decoder families"), (DOCS / "replacing.md", "families")):
+        assert f"{len(families)} {words}" in page.read_text()
 
 
 def test_the_quickstart_returns_what_it_says():
