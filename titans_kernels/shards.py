@@ -50,13 +50,21 @@ def restart(
         return state
     if known(done) and not done.any():
         return state
-    here, chunk = done.view(-1, 1, 1, 1), (state.k, state.v, state.theta, state.alpha, state.eta)
+    here = done.view(-1, 1, 1, 1)
+    k, v, theta, alpha, eta = (
+        x.masked_fill(done.view(-1, *[1] * (x.dim() - 1)), 0.0)
+        for x in (state.k, state.v, state.theta, state.alpha, state.eta)
+    )
     return MemoryState(
         tuple(
             torch.where(here, w.to(x.dtype), x) for w, x in zip(weights, state.weights, strict=True)
         ),
         tuple(x.masked_fill(here, 0.0) for x in state.momentum),
-        *(x.masked_fill(done.view(-1, *[1] * (x.dim() - 1)), 0.0) for x in chunk),
+        k,
+        v,
+        theta,
+        alpha,
+        eta,
         state.length.masked_fill(done, 0),
         state.position.masked_fill(done, 0),
         state.reset_every,

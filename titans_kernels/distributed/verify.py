@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
-from ..layers import NeuralMemory, TitansMAC, TitansMAG, TitansMAL
+from ..layers import NeuralMemory, TitansMAC, TitansMAG, TitansMAL, TitansTNT
 from .heads import ShardHeads
 from .length import ShardLength
 
@@ -55,6 +55,7 @@ def layers(heads: int) -> dict[str, Callable[[torch.dtype], nn.Module]]:
         "TitansMAC": of(TitansMAC, segment=11),
         "TitansMAG": of(TitansMAG, window=11),
         "TitansMAL": of(TitansMAL, window=11),
+        "TitansTNT": of(TitansTNT, global_chunk=11, local_chunks=(4,), reset_every=10),
     }
 
 
@@ -76,7 +77,8 @@ def _table(device: str, backends: tuple[str, ...]) -> int:
             exact = None
             for dtype in DTYPES:
                 for backend in backends:
-                    if dtype == torch.float64 and backend == "triton":
+                    exact_or_tnt = dtype == torch.float64 or name == "TitansTNT"
+                    if exact_or_tnt and backend == "triton":  # it takes neither
                         continue
                     exact = exact or _read(make(torch.float64), _tokens(mesh, torch.float64))
                     row, good = _compare(name, make, mesh, dtype, backend, exact)
