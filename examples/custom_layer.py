@@ -49,9 +49,9 @@ def batch(rows, pairs, symbols=16):
     """Pairs of a letter and a digit, then one of the letters again: [rows, 2 pairs + 1], digits."""
     letters = torch.rand(rows, symbols).argsort(1)[:, :pairs]
     digits = torch.randint(symbols, (rows, pairs))
-    asked = torch.randint(pairs, (rows, 1))
+    which = torch.randint(pairs, (rows, 1))
     shown = torch.stack([letters, symbols + digits], 2).flatten(1)
-    return torch.cat([shown, letters.gather(1, asked)], 1), digits.gather(1, asked)[:, 0]
+    return torch.cat([shown, letters.gather(1, which)], 1), digits.gather(1, which)[:, 0]
 
 
 def main(argv=None):

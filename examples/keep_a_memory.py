@@ -1,8 +1,8 @@
-"""Read a book once, keep what the memory learned on disk, and go on from there later.
+"""Read a book once, keep its memory on disk, and continue from there later.
 
     python examples/train_from_scratch.py --text book.txt --out my-model
     python examples/keep_a_memory.py my-model --read book.txt --memory book.pt
-    python examples/keep_a_memory.py my-model --memory book.pt --go-on "Chapter 2"
+    python examples/keep_a_memory.py my-model --memory book.pt --prompt "Chapter 2"
 
 The file has the same size however long the book is.
 """
@@ -36,7 +36,7 @@ def main(argv=None):
     parser.add_argument("model", help="a folder that train_from_scratch.py wrote")
     parser.add_argument("--memory", default="memory.pt", help="the file to keep it in")
     parser.add_argument("--read", help="a text to read first")
-    parser.add_argument("--go-on", help="how the text goes on; the model writes more")
+    parser.add_argument("--prompt", help="the text after it; the model writes more")
     parser.add_argument("--length", type=int, default=4096, help="bytes read at a time")
     parser.add_argument("--more", type=int, default=40, help="bytes to write")
     args = parser.parse_args(argv)
@@ -48,9 +48,9 @@ def main(argv=None):
         save_session(cache, args.memory)
         size = Path(args.memory).stat().st_size
         print(f"{cache.get_seq_length():,} bytes read, {bits:.3f} bits each; {size:,} bytes kept")
-    if args.go_on:
+    if args.prompt:
         cache = load_session(args.memory, device=model.device)
-        tokens = torch.tensor([list(args.go_on.encode())], device=model.device)
+        tokens = torch.tensor([list(args.prompt.encode())], device=model.device)
         written = model.generate(tokens, past_key_values=cache, max_new_tokens=args.more)
         print(bytes(written[0].tolist()).decode(errors="replace"))
         return written

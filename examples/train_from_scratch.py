@@ -49,7 +49,7 @@ def main(argv=None):
     stream = pieces(read_bytes(args.text), args.rows, args.length)
     for step, tokens in zip(range(args.steps), stream, strict=False):
         tokens = tokens.to(device)
-        # The memory goes on from piece to piece; its gradient ends at the border.
+        # The memory is carried from piece to piece; its gradient ends at the border.
         output = model(tokens, labels=tokens, past_key_values=cache, use_cache=True)
         cache = output.past_key_values.detach()
         optimizer.zero_grad()

@@ -40,7 +40,7 @@ def test_keep_a_memory(model, tmp_path, capfd):
     book.write_text("All that the memory has read. " * 10)
     _main("keep_a_memory", folder, "--read", book, "--memory", file, "--length", 100)
     assert "300 bytes read" in capfd.readouterr().out
-    written = _main("keep_a_memory", folder, "--memory", file, "--go-on", "All", "--more", 5)
+    written = _main("keep_a_memory", folder, "--memory", file, "--prompt", "All", "--more", 5)
     whole = torch.tensor([list(book.read_bytes() + b"All")])
     at_once = TitansForCausalLM.from_pretrained(folder).eval().generate(whole, max_new_tokens=5)
     assert written[0, -5:].tolist() == at_once[0, -5:].tolist()
