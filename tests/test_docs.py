@@ -177,6 +177,15 @@ def test_the_reference_has_every_public_name():
         assert not missing, f"{module.__name__}: {missing}"
 
 
+def test_public_docstrings_have_an_example():
+    """All but states, which calls return, and what other docstrings show."""
+    shown = {"MemoryState", "ReplicateHeads", "TitansCache", "TitansPreTrainedModel"}
+    for module in map(importlib.import_module, PUBLIC):
+        names = [n for n in module.__all__ if n not in shown and not n.endswith("State")]
+        without = [n for n in names if ">>> " not in inspect.getdoc(getattr(module, n))]
+        assert not without, f"{module.__name__}: {without}"
+
+
 def test_the_site_builds_strictly(tmp_path):
     """No broken link, no page outside the navigation, no name that is not there."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]

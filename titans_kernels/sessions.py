@@ -63,6 +63,15 @@ def load_session(
     Args:
         file: a path, or a file opened for reading bytes.
         device: where to; None: where it was.
+
+    Examples:
+        >>> import io, torch
+        >>> from titans_kernels import NeuralMemory, load_session, save_session
+        >>> layer, file = NeuralMemory(16, heads=2), io.BytesIO()
+        >>> save_session(layer(torch.randn(1, 10, 16))[1], file)
+        >>> _ = file.seek(0)
+        >>> load_session(file, device="cpu").memory.length
+        tensor([10], dtype=torch.int32)
     """
     # Those that are safe already stay so: torch forgets all that it is given here.
     missing = set(_caches()).difference(torch.serialization.get_safe_globals())

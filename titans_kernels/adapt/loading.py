@@ -88,6 +88,19 @@ def from_pretrained(
 
     Raises:
         ValueError: its configuration has no recipe: no memories were put into what was saved.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> from titans_kernels import from_pretrained, replace
+        >>> size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> config = LlamaConfig(vocab_size=99, num_attention_heads=2, **size)
+        >>> model = AutoModelForCausalLM.from_config(config)
+        >>> names = replace(model, "model.layers.*.self_attn", "lmm", mode="beside")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     type(from_pretrained(folder).model.layers[0].self_attn.titans).__name__
+        'InHost'
     """
     import transformers
 

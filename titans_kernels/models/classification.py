@@ -15,7 +15,7 @@ class TitansForSequenceClassification(GenericForSequenceClassification, TitansPr
 
     Batches of several rows take a `pad_token_id`: the last token is the last other than that.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from titans_kernels.models import TitansConfig, TitansForSequenceClassification
         >>> size = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2}
@@ -28,4 +28,13 @@ class TitansForSequenceClassification(GenericForSequenceClassification, TitansPr
 
 
 class TitansForTokenClassification(GenericForTokenClassification, TitansPreTrainedModel):
-    """`TitansModel` and `num_labels` scores of every token, each of what was read up to there."""
+    """`TitansModel` and `num_labels` scores of every token, each of what was read up to there.
+
+    Examples:
+        >>> import torch
+        >>> from titans_kernels.models import TitansConfig, TitansForTokenClassification
+        >>> size = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2}
+        >>> model = TitansForTokenClassification(TitansConfig(**size, variant="lmm", num_labels=3))
+        >>> model(torch.tensor([[5, 6, 7]])).logits.shape
+        torch.Size([1, 3, 3])
+    """

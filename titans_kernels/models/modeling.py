@@ -139,7 +139,18 @@ class TitansPreTrainedModel(PreTrainedModel):
 
 
 class TitansModel(TitansPreTrainedModel):
-    """Tokens to hidden states. Padding is neither read nor computed."""
+    """Tokens to hidden states. Padding is neither read nor computed.
+
+    Examples:
+        >>> import torch
+        >>> from titans_kernels.models import TitansConfig, TitansModel
+        >>> size = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2}
+        >>> model = TitansModel(TitansConfig(**size, variant="lmm"))
+        >>> out = model(torch.tensor([[5, 6, 7]]), use_cache=True)
+        >>> out = model(torch.tensor([[8]]), past_key_values=out.past_key_values)
+        >>> out.last_hidden_state.shape, out.past_key_values.get_seq_length()
+        (torch.Size([1, 1, 32]), 4)
+    """
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__(config)
@@ -231,7 +242,19 @@ class TitansModel(TitansPreTrainedModel):
 
 
 class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
-    """`TitansModel` and a head: the next token. `generate` with a cache of constant size."""
+    """`TitansModel` and a head: the next token. `generate` with a cache of constant size.
+
+    Examples:
+        >>> import torch
+        >>> from titans_kernels.models import TitansConfig, TitansForCausalLM
+        >>> size = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2}
+        >>> model = TitansForCausalLM(TitansConfig(**size, variant="lmm", eos_token_id=None))
+        >>> text = torch.tensor([[5, 6, 7]])
+        >>> model(text, labels=text).loss.shape
+        torch.Size([])
+        >>> model.generate(text, max_new_tokens=4).shape
+        torch.Size([1, 7])
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
