@@ -63,6 +63,12 @@ def test_the_readme_is_short_and_runs():
     assert names["out"].shape == (2, 1000, 384) and names["token"].shape == (2, 384)
 
 
+def test_the_page_of_the_kernels_has_every_package():
+    packages = {path.parent.name for path in (ROOT / "titans_kernels").glob("*/__init__.py")}
+    page = (DOCS / "kernels.md").read_text()
+    assert not [name for name in packages if f"    titans_kernels/{name}/ " not in page]
+
+
 def test_as_many_families_are_named_as_were_tried():
     families = set(re.findall(r"^\| (\w+) \| (?:replace|beside)", SUPPORT.read_text(), re.M))
     for page, words in ((README, "decoder families"), (DOCS / "replacing.md", "families")):
