@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("matplotlib")
 
 from benchmarks.evidence.__main__ import main
-from benchmarks.evidence.models import KINDS, PARAMETERS, Model
-from benchmarks.evidence.report import Report, draw, markdown
+from benchmarks.evidence.models import ABLATIONS, KINDS, PARAMETERS, Model
+from benchmarks.evidence.report import STYLES, Report, draw, markdown
 from benchmarks.evidence.tasks import FILLER, KEYS, NO_ANSWER, TASKS, VALUES, VOCABULARY, texts
 from benchmarks.evidence.training import SCHEDULES, Run, Schedule, loss_of, optimizer_of, run
 from titans_kernels import NeuralMemory
@@ -137,3 +137,10 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     (path,) = tmp_path.glob("*.json")
     assert Report.read(path).runs[0].seed == 5 and path.stem.endswith("-1-steps")
     assert "window" in capsys.readouterr().out
+
+
+def test_models_of_one_picture_look_different():
+    assert set(STYLES) == set(KINDS)
+    for panel in ([kind for kind in KINDS if kind not in ABLATIONS], ["memory", *ABLATIONS]):
+        colours, lines = zip(*(STYLES[kind] for kind in panel), strict=True)
+        assert len(set(lines)) == len(set(colours)) == len(panel)

@@ -19,12 +19,14 @@ from .training import Run, Schedule
 STYLES = {
     "memory": (style.BLUE, "o-"),
     "mag": (style.GREEN, "D-"),
+    "tnt": (style.PURPLE, "*-"),
     "window": (style.VERMILION, "s--"),
     "linear": (style.GREY, "^--"),
     "delta": (style.ORANGE, "P--"),
     "eta = 0": (style.SKY, "v-"),
     "alpha = 0": (style.ORANGE, "<-"),
     "depth 1": (style.PURPLE, ">-"),
+    "not onto keys": (style.GREEN, "*-"),
     "no conv": (style.VERMILION, "x-"),
     "theta 0.1": (style.BLACK, "+-"),
 }
