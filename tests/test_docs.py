@@ -157,6 +157,15 @@ def test_the_tables_name_no_other_options():
         assert _in_options(heading) <= {name for owner in owners for name in _options(owner)}
 
 
+def test_the_options_have_every_variable_of_the_environment():
+    sources = "".join(path.read_text() for path in (ROOT / "titans_kernels").rglob("*.py"))
+    read = set(re.findall(r"environ(?:\.get\(|\[)\s*\"([A-Z_]+)\"", sources))
+    of_the_platform = {"LOCALAPPDATA", "XDG_CACHE_HOME"}
+    assert {name for name in read if f"`{name}`" not in (DOCS / "options.md").read_text()} == (
+        of_the_platform
+    )
+
+
 DOCUMENTED = [owner for owner in TABLES if owner is not Config] + [warmup, TitansPytorchMemory]
 
 
