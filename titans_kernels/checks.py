@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,9 +13,11 @@ from torch import Tensor
 from .packing import known as has_values
 from .state import MemoryState
 
-ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "identity")
-READS = ("token", "chunk")
-BACKENDS = ("auto", "torch", "triton")
+Activation = Literal["gelu_tanh", "gelu", "silu", "relu", "identity"]
+Read = Literal["token", "chunk"]
+Backend = Literal["auto", "torch", "triton"]
+Projection = Literal["shard", "chunk"]
+ACTIVATIONS, READS, BACKENDS, PROJECTIONS = map(get_args, (Activation, Read, Backend, Projection))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Rows that a state allocates for every sequence, whatever it has read: its shapes stay the same

@@ -36,15 +36,15 @@ def neural_memory(
     weights: tuple[Tensor, ...],
     *,
     norm: tuple[Tensor, Tensor] | None = None,
-    activation: str = "gelu_tanh",
+    activation: checks.Activation = "gelu_tanh",
     residual: bool = True,
     chunk_size: int = 16,
     initial_state: MemoryState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    read: str = "token",
+    read: checks.Read = "token",
     reset_every: int | None = None,
-    backend: str = "auto",
+    backend: checks.Backend = "auto",
 ) -> tuple[Tensor, MemoryState | None]:
     """Titans' neural memory: a small MLP, trained on keys and values as they are read.
 
@@ -210,10 +210,10 @@ def retrieve(
     weights_or_state: tuple[Tensor, ...] | MemoryState,
     *,
     norm: tuple[Tensor, Tensor] | None = None,
-    activation: str = "gelu_tanh",
+    activation: checks.Activation = "gelu_tanh",
     residual: bool = True,
     cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
+    backend: checks.Backend = "auto",
 ) -> Tensor:
     """A forward pass of the memory without an update: `o_t = f(q_t; W)` (arXiv 2501.00663, eq. 15).
 
@@ -263,7 +263,10 @@ def retrieve(
 
 
 def _after_tail(
-    state: MemoryState, norm: tuple[Tensor, Tensor] | None, options: Options, backend: str
+    state: MemoryState,
+    norm: tuple[Tensor, Tensor] | None,
+    options: Options,
+    backend: str,
 ) -> list[Tensor]:
     """The weights after a state's last token, those of the open chunk learned too."""
     packed, C = pack_open_chunks(state, norm), state.chunk_size

@@ -240,7 +240,8 @@ def _compare(
     run: Run, backend: str, x: Arguments, dtype: torch.dtype, wanted: Measured
 ) -> dict[str, Any]:
     """The errors of a row, or its problem: an operator that raises does not end the table."""
-    ops = Operators(partial(neural_memory, backend=backend), partial(retrieve, backend=backend))
+    how: Any = {"backend": backend}
+    ops = Operators(partial(neural_memory, **how), partial(retrieve, **how))
     try:
         found = measure(run, ops, x, dtype)
     except NotImplementedError as error:

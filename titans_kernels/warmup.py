@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import selfcheck
+from . import checks, selfcheck
 from .memory import neural_memory, retrieve
 
 
@@ -24,12 +24,12 @@ def warmup(
     gate_dtype: torch.dtype = torch.float32,
     per_layer_gates: bool = False,
     norm: bool = True,
-    activation: str = "gelu_tanh",
+    activation: checks.Activation = "gelu_tanh",
     residual: bool = True,
     lengths: Sequence[int] = (2048, 1),
     backward: bool = False,
     device: torch.device | str | None = None,
-    backend: str = "auto",
+    backend: checks.Backend = "auto",
 ) -> None:
     """Compile the kernels of a memory of these sizes, so that no call of a run has to wait for it.
 

@@ -13,7 +13,7 @@ from . import masks
 from .arguments import MASKS, Told, understood
 from .rows import Aligned, Rows, rows_of, rows_once
 from .source import Form
-from .variants import build
+from .variants import Variant, build
 
 READS_ON = (
     "attention that sees both ways becomes a memory that reads left to right in {}; "
@@ -51,7 +51,7 @@ class TitansAttention(nn.Module):
         self,
         hidden_size: int,
         num_heads: int,
-        variant: str = "mac",
+        variant: Variant = "mac",
         layer_idx: int | None = None,
         **options: Any,
     ) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from .. import checks
+from ..layers.block import BlockOptions
 from ..packing import without_values
 from . import hosts
 from .attention import (
@@ -23,20 +24,37 @@ from .attention import (
 )
 from .recipes import remember
 from .source import hiding
+from .variants import Variant
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Where = str | Callable[[str, nn.Module], bool]
+Mode = Literal["replace", "beside"]
+
+
+class Options(BlockOptions, total=False):
+    """What `replace` takes for the blocks, whichever variant they are; they refuse the others."""
+
+    dim_head: int | None
+    n_persistent: int
+    segment: int
+    window: int
+    rotary: bool
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 def replace(
     model: nn.Module,
     where: Where,
-    variant: str = "mac",
+    variant: Variant = "mac",
     *,
-    mode: str = "replace",
+    mode: Mode = "replace",
     dim: int | None = None,
     heads: int | None = None,
     causal: bool = False,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> list[str]:
     """Put Titans layers into a model: each chosen attention becomes one, or gets one beside it.
 
@@ -85,7 +103,7 @@ def replace(
     """
     if not isinstance(where, str) and not callable(where):
         raise TypeError(f"where: got {where!r}, takes a pattern or a function of (name, module)")
-    checks.choice("mode", mode, ("replace", "beside"))
+    checks.choice("mode", mode, get_args(Mode))
     chosen = _chosen(model, where)
     others = 1 + max((_index(module) for module in model.modules()), default=-1)
     for name, module in chosen.items():
@@ -116,7 +134,7 @@ def replace(
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # its nested tensors are for its own attention only
-    call = {"variant": variant, "mode": mode, "dim": dim, "heads": heads} | options
+    call = {"variant": variant, "mode": mode, "dim": dim, "heads": heads, **options}
     remember(model, list(chosen), call | {"causal": causal})
     return list(chosen)
 
@@ -155,10 +173,10 @@ def _layer(
     model: nn.Module,
     name: str,
     module: nn.Module,
-    variant: str,
+    variant: Variant,
     dim: int | None,
     heads: int | None,
-    options: dict[str, Any],
+    options: Options,
 ) -> TitansAttention:
     """The Titans layer for the place of one module, of its width, heads, device and dtype."""
     multihead = isinstance(module, nn.MultiheadAttention)
@@ -177,13 +195,13 @@ def _layer(
         if size is None:
             raise ValueError(f"{what}: {name} does not say it, takes an int")
     assert dim is not None and heads is not None
-    options = _place(model, module) | options
+    own: dict[str, Any] = {**_place(model, module), **options}
     index = _first(module, "layer_idx", "layer_id")
     if multihead:
-        multi = InMultihead(dim, heads, variant, layer_idx=index, **options)
+        multi = InMultihead(dim, heads, variant, layer_idx=index, **own)
         multi.batch_first = bool(module.batch_first)
         return multi
-    layer = InHost(dim, heads, variant, layer_idx=index, **options)
+    layer = InHost(dim, heads, variant, layer_idx=index, **own)
     layer.names, layer.defaults = hosts.signature(module)
     layer.takes_masks, layer.chunk = hosts.masks(module), hosts.chunk(module)
     layer.form, layer.hiding = hosts.form(module, dim), hiding(module)

@@ -164,7 +164,7 @@ class TitansPytorchMemory(nn.Module):
         store_with_lookahead_value: bool = False,
         default_model_kwargs: dict[str, Any] = {"depth": 2, "expansion_factor": 4.0},  # noqa: B006
         *,
-        backend: str = "auto",
+        backend: checks.Backend = "auto",
     ) -> None:
         refuse_others(locals())
         super().__init__()

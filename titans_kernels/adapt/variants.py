@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from .. import checks
 from ..layers import TitansLMM, TitansMAC, TitansMAG, TitansMAL, TitansTNT
 from ..layers.block import Block
 
+Variant = Literal["mac", "mag", "mal", "lmm", "tnt"]
 VARIANTS: dict[str, type[Block[Any]]] = {
     "mac": TitansMAC,
     "mag": TitansMAG,

@@ -112,7 +112,7 @@ def _compare(
     make: Callable[[torch.dtype], nn.Module],
     mesh: DeviceMesh,
     dtype: torch.dtype,
-    backend: str,
+    backend: Any,  # a choice of the command line
     exact: Found,
 ) -> tuple[str, bool]:
     x, one = _tokens(mesh, dtype), make(dtype).to(mesh.device_type)

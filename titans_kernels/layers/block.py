@@ -29,13 +29,13 @@ class MemoryOptions(TypedDict, total=False):
     depth: int
     expansion: int
     chunk_size: int
-    activation: str
+    activation: checks.Activation
     residual: bool
     norm: bool
     per_layer_gates: bool
     conv_size: int | None
     max_learning_rate: float
-    backend: str
+    backend: checks.Backend
 
 
 class BlockOptions(MemoryOptions, total=False):
@@ -44,7 +44,7 @@ class BlockOptions(MemoryOptions, total=False):
     global_chunk: int
     local_chunks: Sequence[int]
     reset_every: int
-    project: str | None
+    project: checks.Projection | None
 
 
 def make_memory(dim: int, **options: Any) -> NeuralMemory:
@@ -124,6 +124,9 @@ class Block(Sealing, Generic[S]):
             got, takes = type(state).__name__, self.state_type.__name__
             raise TypeError(f"state: got {got}, takes a {takes} or None")
         return self._read(x, state, cu_seqlens)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # what a call returns, for whoever checks types
 
     def step(self, x: Tensor, state: S | None = None) -> tuple[Tensor, S]:
         """One token of every sequence: [B, dim] -> ([B, dim], state). `forward` of length 1."""

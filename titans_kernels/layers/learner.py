@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..decay import Undecayed
 from .numeric import wide
 from .sealing import lasting
@@ -19,7 +20,7 @@ class Schedule(NamedTuple):
     """When a memory's weights change, and which of them a query reads: as in `neural_memory`."""
 
     chunk_size: int
-    read: str = "token"
+    read: checks.Read = "token"
     reset_every: int | None = None
 
 

@@ -15,8 +15,6 @@ from .numeric import wide
 from .projection import project, recall
 from .state import ProjectionState, TNTState
 
-PROJECTIONS = ("shard", "chunk")
-
 
 class LocalMemory(Learner):
     """The gates, M_0 and LayerNorm of a local memory: x [B, T, dim] -> `Parts`."""
@@ -51,13 +49,13 @@ class TNTMemory(NeuralMemory):
         global_chunk: int = 2048,
         local_chunks: Sequence[int] = (16,),
         reset_every: int = 2048,
-        project: str | None = "shard",
+        project: checks.Projection | None = "shard",
         **memory: Any,
     ) -> None:
         checking.state_rows("global_chunk", global_chunk)
         checks.integer("reset_every", reset_every, 1)
         if project is not None:
-            checks.choice("project", project, PROJECTIONS)
+            checks.choice("project", project, checks.PROJECTIONS)
         chunks = _chunks(local_chunks)
         if "chunk_size" in memory:
             got = memory["chunk_size"]

@@ -56,7 +56,7 @@ class TitansMAG(WindowBlock):
     def _read(
         self, x: Tensor, state: HybridState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, HybridState]:
-        m, memory = self.memory(x, state and state.memory, cu_seqlens)
+        m, memory = self.memory(x, None if state is None else state.memory, cu_seqlens)
         y, attention = self.attention(x, state and state.attention, cu_seqlens, self.persistent)
         return self.gate(y, m), HybridState(memory, attention)
 

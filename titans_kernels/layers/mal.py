@@ -49,6 +49,6 @@ class TitansMAL(WindowBlock):
     def _read(
         self, x: Tensor, state: HybridState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, HybridState]:
-        y, memory = self.memory(x, state and state.memory, cu_seqlens)
+        y, memory = self.memory(x, None if state is None else state.memory, cu_seqlens)
         o, attention = self.attention(y, state and state.attention, cu_seqlens)
         return o, HybridState(memory, attention)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -108,13 +109,13 @@ class NeuralMemory(Learner, Sealing):
         depth: int = 2,
         expansion: int = 4,
         chunk_size: int = 16,
-        activation: str = "gelu_tanh",
+        activation: checks.Activation = "gelu_tanh",
         residual: bool = True,
         norm: bool = True,
         per_layer_gates: bool = False,
         conv_size: int | None = 4,
         max_learning_rate: float = 0.1,
-        backend: str = "auto",
+        backend: checks.Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -233,6 +234,9 @@ class NeuralMemory(Learner, Sealing):
         """q, k, v, theta, alpha and eta."""
         theta, alpha, eta = gates
         return *heads, self.max_learning_rate * theta, alpha, eta
+
+    if TYPE_CHECKING:
+        __call__ = forward  # what a call returns, for whoever checks types
 
     def step(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """One token of every sequence: [B, dim] -> ([B, dim], state).

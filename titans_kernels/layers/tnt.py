@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import checks
 from .block import MemoryOptions
 from .lmm import TitansLMM
 from .local import TNTMemory
@@ -80,7 +81,7 @@ class TitansTNT(TitansLMM):
         global_chunk: int = 2048,
         local_chunks: Sequence[int] = (16,),
         reset_every: int = 2048,
-        project: str | None = "shard",
+        project: checks.Projection | None = "shard",
         n_persistent: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
