@@ -31,7 +31,7 @@ reference_packages = [REFERENCE, *(f"{REFERENCE}.{name}" for name in find_packag
 
 demo = ["matplotlib", "tqdm"]
 bench = ["matplotlib", "tqdm"]
-hf = ["transformers>=5.23"]  # older releases of 5 call caches and configurations otherwise
+hf = ["transformers>=5.15"]  # older releases of 5 have other caches
 train = ["numpy", "omegaconf>=2.3", "tqdm", *hf]
 docs = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1"]
 dev = [

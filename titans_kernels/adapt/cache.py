@@ -73,8 +73,6 @@ class MemoryLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.15
-
     def reset(self) -> None:
         self.state, self.read, self.seen = None, None, 0
 

@@ -48,7 +48,9 @@ class Training:
         self.model = model_of(config)
         self.model.to(processes.device).train()
         if config.gradient_checkpointing:
-            self.model.activation_checkpointing_enable()
+            new = hasattr(self.model, "activation_checkpointing_enable")  # its name in 5.23
+            kind = "activation" if new else "gradient"
+            getattr(self.model, f"{kind}_checkpointing_enable")()
         sharding.shard(self.model, processes)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay), betas=(0.9, 0.95)
