@@ -3,6 +3,7 @@
 import doctest
 
 import checks_docs
+import checks_fsdp
 import checks_heads
 import checks_length
 import checks_traffic
@@ -20,6 +21,7 @@ MODULES = (
     checks_traffic,
     checks_verify,
     checks_docs,
+    checks_fsdp,
 )
 TWO = [check for module in MODULES for check in getattr(module, "TWO", [])]
 FOUR = [check for module in MODULES for check in getattr(module, "FOUR", [])]
