@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..running.journal import Journal
 from . import __doc__ as about
-from .kit import AGAIN, MORE, ROOT, Kit, work
+from .kit import AGAIN, MORE, ROOT, Kit, blame, work
 from .stages import STAGES
 
 
@@ -54,9 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             ).returncode
         except subprocess.TimeoutExpired:
             print("out of time in the middle of a step")
+            blame(Journal(options.out / "gpu.jsonl"), STAGES)
             return MORE
         if code != AGAIN and 0 <= code < 128:
             return code
+        if code != AGAIN:
+            blame(Journal(options.out / "gpu.jsonl"), STAGES)
         if deadline - time.monotonic() < 10:
             return MORE
         # A step has taken the process along. Its attempt is on record: it is not tried for ever.

@@ -21,7 +21,7 @@ def gather(folder: Path) -> tuple[report.Report, Journal]:
     """The run as the benchmarks have it, and everything else that is in the journals."""
     *earlier, last = sorted(folder.rglob("*.jsonl"), key=lambda path: path.stat().st_mtime)
     journal = Journal(last, *earlier)
-    bench = journal.stage("bench")
+    bench = journal.stage("bench") | journal.stage("more")
     machine = bench.pop("machine", {}).get("machine")
     if machine is None:
         raise SystemExit(f"{folder}: the stage 'bench' never ran: nothing says what machine it was")
@@ -42,7 +42,7 @@ def _stages(journal: Journal) -> list[str]:
     lines = []
     for stage in STAGES:
         rows = journal.stage(stage)
-        if stage == "bench" or not rows:
+        if stage in ("bench", "more") or not rows:
             continue
         bad = sum("problem" in row for row in rows.values())
         lines += ["", f"## {stage}", "", f"{len(rows)} steps, {bad} with a problem.", ""]

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def work(kit: Kit, stages: dict[str, Stage]) -> int:
         for step in steps(kit):
             row = kit.journal.get(stage, step.name)
             begun = 0 if row is None else row.get("begun", 0)
-            if row is not None and not begun:
+            if row is not None and "begun" not in row:
                 continue
             if begun >= ATTEMPTS:
                 kit.journal.add(
@@ -81,7 +81,7 @@ def work(kit: Kit, stages: dict[str, Stage]) -> int:
             if kit.left() < step.seconds:
                 print(f"{stage}, {step.name}: {kit.left():.0f} s left, stopped before it")
                 return MORE
-            kit.journal.add(stage, step.name, {"begun": begun + 1})
+            kit.journal.add(stage, step.name, {"begun": begun})
             start = time.monotonic()
             try:
                 row = step.run()
@@ -95,6 +95,17 @@ def work(kit: Kit, stages: dict[str, Stage]) -> int:
             if "problem" in row and not alive(kit.device):
                 return AGAIN
     return 0
+
+
+def blame(journal: Journal, stages: Iterable[str]) -> None:
+    """The step in flight has taken its process along, or does not end: one attempt less.
+
+    A kit that is killed as a whole blames nobody: that says nothing about the step.
+    """
+    for stage in stages:
+        for step, row in journal.stage(stage).items():
+            if "begun" in row:
+                journal.add(stage, step, {"begun": row["begun"] + 1})
 
 
 def _in_a_line(row: Row) -> str:

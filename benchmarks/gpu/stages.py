@@ -6,54 +6,102 @@ import csv
 import io
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
-from titans_kernels.kernels.tiles import Tile
+import torch
+
+from titans_kernels.kernels.tiles import Tile, using
 
 from ..machine_code import tune
-from ..running.checking import Setting, bound, error
+from ..running.cases import Case
+from ..running.checking import Setting, results
 from ..running.harness import QUICK, Effort, measure
 from ..running.journal import Row
 from ..running.machine import Machine, describe
 from ..running.shapes import Shape
+from .first import check, first
 from .kit import Kit, Stage, Step, Steps, program, python
 from .matrix import cases
 
 # ------------------------------------------------------------------------------------------- tests
 
 WORDS = 6000  # characters of what a program said last
-PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.suite")
+PYTEST += ("--continue-on-collection-errors",)
 
 
 def tests(kit: Kit) -> Steps:
-    """The tests' own bounds judge; then every shipped tile by itself, in uninitialised memory."""
-    chosen = ["tests/test_kernels_precision.py", "-k", "reading_by_the_yardstick and bf16"]
-    suites = {"kernels": ["tests", "-m", "gpu"], "precision": [chosen[0]]}
-    for name, arguments in ({"precision": chosen} if kit.rehearse else suites).items():
-        # Workers share the GPU: most of the time goes into compiling.
-        workers = () if kit.rehearse or find_spec("xdist") is None else ("-n", "6")
-        command = python(*PYTEST, *workers, *arguments)
-        yield Step(name, partial(_run, kit, command), 5 if kit.rehearse else 60)
-    for setting, tile in _tiles(kit):
-        name = f"{setting.dtype}, D {setting.shape.D}, chunk {setting.shape.chunk}"
-        name += f", depth {setting.depth}" + (", gradients" if setting.backward else "")
-        yield Step(name, partial(_check, setting, tile))
-
-
-def _tiles(kit: Kit) -> Iterator[tuple[Setting, Tile | None]]:
+    """The tests' own bounds judge. Each test is a result of its own, see suite.py."""
+    precision = "tests/test_kernels_precision.py"
+    suites = {"gpu": ["tests", "-m", "gpu"], "precision": [precision, "-m", "not gpu"]}
     if kit.rehearse:
-        for D, tile in ((16, Tile(16, 16)), (32, Tile(32, 16, 16))):
-            yield Setting(Shape(20, 16, 1, 1, D, 2), kit.dtype, kit.device, backward=D == 16), tile
+        suites = {"precision": [precision, "-k", "reading_by_the_yardstick and bf16"]}
+    # Workers share the GPU: most of the time goes into compiling.
+    workers = () if kit.rehearse or find_spec("xdist") is None else ("-n", "6")
+    for name, arguments in suites.items():
+        command = python(*PYTEST, *workers, *arguments)
+        run = partial(_run, kit, command, GPU_JOURNAL=str(kit.journal.path.resolve()))
+        yield Step(name, run, 5 if kit.rehearse else 60)
+
+
+# ------------------------------------------------------------------------------------------- tiles
+
+AT_ONCE = 24  # checks whose kernels are compiled together
+
+
+def checks(kit: Kit) -> Steps:
+    """Every shipped tile on poisoned memory; where programs share a multiprocessor, twice alike."""
+    yield from _reruns(kit)
+    settings = list(_settings(kit))
+    for start in range(0, len(settings), AT_ONCE):
+        some = settings[start : start + AT_ONCE]
+        if not kit.rehearse:  # interpreted, nothing is compiled
+            ahead = partial(tune.compile_all, [(x, None) for x in some])
+            yield Step(f"compile {start} and on", ahead, 60)
+        for setting in some:
+            name = f"{setting.dtype}, D {setting.shape.D}, chunk {setting.shape.chunk}"
+            name += f", depth {setting.depth}" + (", gradients" if setting.backward else "")
+            yield Step(name, partial(check, setting, _tile(kit)))
+
+
+def _tile(kit: Kit) -> Tile | None:
+    return Tile(16, 16) if kit.rehearse else None
+
+
+def _settings(kit: Kit) -> Iterator[Setting]:
+    """The sizes that most models have come first."""
+    if kit.rehearse:
+        for D in (16, 32):
+            yield Setting(Shape(20, 16, 1, 1, D, 2), kit.dtype, kit.device, backward=D == 16)
         return
-    sizes = product(("bfloat16", "float16", "float32"), (16, 48, 64, 128, 256), (16, 64, 100))
+    sizes = product(("bfloat16", "float16", "float32"), (64, 128, 16, 48, 256), (16, 64, 100))
     for dtype, D, chunk in sizes:
-        for depth in (2, 1) if chunk == 16 else (2,):
-            yield Setting(Shape(300, chunk, 2, 2, D), dtype, kit.device, depth), None
-            yield Setting(Shape(300, chunk, 2, 2, D), dtype, kit.device, depth, True), None
+        for depth, backward in product((2, 1) if chunk == 16 else (2,), (False, True)):
+            yield Setting(Shape(300, chunk, 2, 2, D), dtype, kit.device, depth, backward)
+
+
+def _reruns(kit: Kit) -> Steps:
+    """The same bits again, where there are two programs to a multiprocessor and more."""
+    for heads, backward in product((1,) if kit.rehearse else (264, 528), (False, True)):
+        if kit.rehearse and backward:
+            continue
+        shape = Shape(20, 16, heads, 1, 16, 2) if kit.rehearse else Shape(2048, 16, heads // 4, 4)
+        setting = Setting(shape, kit.dtype, kit.device, backward=backward)
+        name = f"{heads} heads twice" + (", gradients" if backward else "")
+        yield Step(name, partial(_twice, setting, _tile(kit)), 10)
+
+
+def _twice(setting: Setting, choice: Tile | None) -> Row:
+    inputs = setting.inputs()
+    with using(choice) if choice else nullcontext():
+        runs = [results(setting, inputs, "triton") for _ in range(2)]
+    unlike = sum(not torch.equal(*pair) for pair in zip(*runs, strict=True))
+    return {"problem": f"{unlike} tensors differ"} if unlike else {"tensors": len(runs[0])}
 
 
 def _run(kit: Kit, command: list[str | Path], **environment: str) -> Row:
@@ -61,33 +109,42 @@ def _run(kit: Kit, command: list[str | Path], **environment: str) -> Row:
     return row | {"tail": row["tail"][-WORDS:]} if "tail" in row else row
 
 
-def _check(setting: Setting, tile: Tile | None) -> Row:
-    found = error(setting, tile)
-    row: Row = {"error": found, "bound": bound(setting)}
-    return row if found <= row["bound"] else row | {"problem": "wrong"}
-
-
 def verify(kit: Kit) -> Steps:
     command = python("-m", "titans_kernels.verify", "--device", kit.device)
     command += ["--env"] if kit.rehearse else []
-    yield Step("verify", partial(_run, kit, command), 2 if kit.rehearse else 45)
+    yield Step("verify", partial(_run, kit, command), 2 if kit.rehearse else 90)
 
 
 # ------------------------------------------------------------------------------------------- speed
 
 
 def bench(kit: Kit) -> Steps:
+    """The machine's own ceilings, then the headline: ours beside attention and other peers."""
+
     def machine() -> Row:
         found = asdict(describe(1, 64 if kit.rehearse else 8192, kit.device))
         return {"machine": found | ({"commit": kit.commit} if kit.commit else {})}
 
     yield Step("machine", machine, 5 if kit.rehearse else 20)
+    yield from _timed(kit, [case for case in cases(kit.rehearse) if case.name in HEADLINE])
+
+
+def more(kit: Kit) -> Steps:
+    """The other cases."""
+    yield from _timed(kit, [case for case in cases(kit.rehearse) if case.name not in HEADLINE])
+
+
+HEADLINE = ("operator", "decode", "layer")
+
+
+def _timed(kit: Kit, chosen: list[Case]) -> Steps:
+    """Ours beside its peers, a step a case, mode and shape."""
     row = kit.journal.get("bench", "machine")
     if row is None or "machine" not in row:
         return
     found = Machine(**row["machine"])
     effort = replace(QUICK, memory=False) if kit.rehearse else Effort(5, 10.0, 0.3)
-    for case in cases(kit.rehearse):
+    for case in chosen:
         for shape, mode in product(case.shapes, case.modes):
             name = f"{case.name}, {mode}, {shape.B} x {shape.H} x {shape.D}, T {shape.T}"
             name += f", chunk {shape.chunk}"
@@ -101,7 +158,7 @@ def bench(kit: Kit) -> Steps:
             yield Step(name, step, 5 if kit.rehearse else 40)
 
 
-def tiles(kit: Kit) -> Steps:
+def tuned(kit: Kit) -> Steps:
     """One step a tile; the next one depends on what was found."""
     settings = [
         Setting(Shape(4096, chunk, 8, 16, D), kit.dtype, kit.device)
@@ -121,7 +178,7 @@ def tiles(kit: Kit) -> Steps:
 
 # ------------------------------------------------------------------------------------------- tools
 
-KERNELS = "regex:^(coefficients|scan|retrieve|recall|inputs).*_kernel$"
+KERNELS = "regex:^scan.*_kernel$"
 METRICS = {
     "gpu__time_duration.sum": "ns",
     "launch__registers_per_thread": "registers",
@@ -137,7 +194,7 @@ METRICS = {
 
 
 def ncu(kit: Kit) -> Steps:
-    """Counters of every kernel; the clocks are left as they are."""
+    """Counters of scan, there and back; the clocks are left as they are."""
     if shutil.which("ncu") is None:
         yield _missing("ncu")
         return
@@ -196,11 +253,15 @@ def sanitizer(kit: Kit) -> Steps:
         yield Step(f"{tool}, chunk {chunk}, {mode}", run, 90)
 
 
+# What says most comes first: a GPU may be gone at any minute.
 STAGES: dict[str, Stage] = {
-    "tests": tests,
-    "verify": verify,
+    "first": first,
     "bench": bench,
-    "tune": tiles,
+    "tiles": checks,
+    "tune": tuned,
     "ncu": ncu,
+    "verify": verify,
+    "more": more,
+    "tests": tests,
     "sanitizer": sanitizer,
 }

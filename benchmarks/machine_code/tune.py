@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -94,7 +95,7 @@ def descend(
 def measure(setting: Setting, tile: Tile) -> dict[str, Any]:
     """{"ms", "error"}, or {"problem"}, of one tile."""
     try:
-        found = error(_fewer(setting), tile)
+        found = error(fewer(setting), tile)
         if not found <= bound(setting):
             return {"problem": f"wrong: relative error {found:.1e}", "error": found}
         inputs = setting.inputs()
@@ -104,23 +105,27 @@ def measure(setting: Setting, tile: Tile) -> dict[str, Any]:
         return {"problem": in_short(failure)}
 
 
-def _fewer(setting: Setting) -> Setting:
+def fewer(setting: Setting) -> Setting:
     """Of one sequence, no longer than it takes to launch the same kernels."""
     return replace(setting, shape=replace(setting.shape, B=1, T=min(setting.shape.T, 2100)))
 
 
 def compile_ahead(setting: Setting, candidates: Sequence[Tile]) -> dict[str, Any]:
     """Put into Triton's cache what measuring will launch, in processes side by side."""
-    jobs = min(len(candidates), os.cpu_count() or 1, 8)
+    return compile_all([(setting, tile) for tile in candidates])
+
+
+def compile_all(jobs: Sequence[tuple[Setting, Tile | None]]) -> dict[str, Any]:
+    """The same for more than one setting; None: the tile that ships."""
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(jobs, context) as pool:
-        runs = [pool.submit(_launch, setting, tile) for tile in candidates]
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1, 16), context) as pool:
+        runs = [pool.submit(_launch, *job) for job in jobs]
     return {"problems": [in_short(x) for x in (run.exception() for run in runs) if x]}
 
 
-def _launch(setting: Setting, tile: Tile) -> None:
-    setting = _fewer(setting)
-    with using(tile):
+def _launch(setting: Setting, tile: Tile | None) -> None:
+    setting = fewer(setting)
+    with using(tile) if tile else nullcontext():
         results(setting, setting.inputs(), "triton")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -88,6 +89,30 @@ def error(setting: Setting, tile: Tile | None = None) -> float:
         float((a.double().cpu() - e).norm() / e.norm()) for a, e in zip(found, wanted, strict=True)
     ]
     return max(x if x == x else float("inf") for x in errors)
+
+
+def decode_error(setting: Setting) -> float:
+    """The same of tokens that come one at a time, behind half a sequence."""
+    inputs, chunk = setting.inputs(), setting.shape.chunk
+    half, steps = setting.shape.T // 2, min(setting.shape.T // 2, chunk + 4)
+    with torch.no_grad():
+        exact = setting.inputs(torch.float64, "cpu")
+        wanted, _ = neural_memory(**_piece(exact, 0, half + steps), chunk_size=chunk)
+        found, state, options = [], None, {"chunk_size": chunk, "backend": "triton"}
+        with poisoned():
+            for start, stop in pairwise([0, *range(half, half + steps + 1)]):
+                piece = _piece(inputs, start, stop) | {"initial_state": state}
+                o, state = neural_memory(**piece, **options, output_final_state=True)
+                found.append(o)
+    got = torch.cat(found, 1).double().cpu()
+    worst = float((got - wanted).norm() / wanted.norm())
+    return worst if worst == worst else float("inf")
+
+
+def _piece(inputs: Inputs, start: int, stop: int) -> Inputs:
+    """The inputs of tokens start to stop - 1."""
+    tokens = ("q", "k", "v", "theta", "alpha", "eta")
+    return inputs | {name: inputs[name][:, start:stop] for name in tokens}
 
 
 @lru_cache(maxsize=1)  # of the setting that is being tuned

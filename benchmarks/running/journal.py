@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 Row = dict[str, Any]
 
@@ -33,18 +33,24 @@ class Journal:
     def add(self, stage: str, step: str, row: Row) -> None:
         """Lasts when this returns, whatever happens next."""
         self._rows[stage, step] = row
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **row}, default=str) + "\n")
+        with self.path.open("ab+") as file:
+            if file.tell() and not _ends_a_line(file):
+                file.write(b"\n")  # a write that was killed has left a part of its line
+            file.write(_line(stage, step, row))
             file.flush()
             os.fsync(file.fileno())
 
     def keep(self, problems: bool = True) -> None:
         """Write everything into the file, what was read elsewhere too; without problems or with."""
-        rows, self._rows = self._rows, {}
-        self.path.unlink(missing_ok=True)
-        for (stage, step), row in rows.items():
-            if problems or "problem" not in row:
-                self.add(stage, step, row)
+        self._rows = {
+            name: row for name, row in self._rows.items() if problems or "problem" not in row
+        }
+        part = self.path.with_suffix(".part")  # the file is whole at every moment
+        with part.open("wb") as file:
+            file.writelines(_line(*name, row) for name, row in self._rows.items())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self.path)
 
     def get(self, stage: str, step: str) -> Row | None:
         return self._rows.get((stage, step))
@@ -52,6 +58,15 @@ class Journal:
     def stage(self, stage: str) -> dict[str, Row]:
         """Its rows by step."""
         return {step: row for (where, step), row in self._rows.items() if where == stage}
+
+
+def _line(stage: str, step: str, row: Row) -> bytes:
+    return json.dumps({"stage": stage, "step": step, **row}, default=str).encode() + b"\n"
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 def in_short(failure: Exception) -> str:
