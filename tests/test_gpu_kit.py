@@ -297,7 +297,7 @@ def test_going_on_in_a_new_process_ends(tmp_path, capfd):
     with mock.patch("subprocess.run", side_effect=codes):
         assert main(["--out", str(tmp_path), "--minutes", "1"]) == MORE
     assert Journal(tmp_path / "gpu.jsonl").get("bench", "deadly") == {"begun": 1}
-    assert capfd.readouterr().out.count("going on in a new process") == 2
+    assert capfd.readouterr().out.count("continuing in a new process") == 2
 
 
 def test_counters_are_read():
