@@ -318,6 +318,20 @@ def test_what_transformers_takes_besides_is_taken(tmp_path):
     assert (loaded.num_labels, loaded.note, loaded.window) == (3, "of a user", 7)
 
 
+def test_local_chunks_of_a_configuration(tmp_path):
+    config = TitansConfig(variant="tnt", local_chunks=(8, 4))
+    config.save_pretrained(tmp_path)
+    assert TitansConfig.from_pretrained(tmp_path).local_chunks == config.local_chunks == [8, 4]
+    assert TitansConfig(variant="tnt").block_options()["local_chunks"] == [16]
+    assert "local_chunks" not in TitansConfig().block_options()
+    inside = _model("mag", local_chunks=[4], reset_every=8, num_hidden_layers=1)
+    assert inside.model.layers[0].mixer.memory.reset_every == 8
+    with pytest.raises(
+        ValueError, match=r"local_chunks: got \[4\], the model has no local memories"
+    ):
+        _model("lmm", num_hidden_layers=1).set_local_chunks([4])
+
+
 def test_a_configuration_scales_with_its_width():
     config = TitansConfig(hidden_size=64)
     assert config.initializer_range == 0.125

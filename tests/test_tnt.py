@@ -206,6 +206,23 @@ def test_shards_are_read_side_by_side():
     assert operations(8 * 48) < 1.5 * operations(8 * 12)
 
 
+@pytest.mark.wide  # compiling takes a minute and a half
+@pytest.mark.parametrize("onto", ["shard", "chunk"])
+def test_compiled_as_one_graph_it_is_the_same(onto):
+    block, x = make_block("TNT", project=onto, n_persistent=0), randn(2, 17, 6)
+    torch._dynamo.reset()
+    options = {"fullgraph": True, "backend": "eager"}
+    compiled = torch.compile(block, dynamic=True, **options)
+    state = None
+    for part in x.split([10, 7], 1):
+        (want, after), (found, _) = block(part, state), compiled(part, state)
+        assert_close("out", found, want, 1e-13)
+        state = after
+    found, _ = torch.compile(block.step, **options)(x[:, 0], state)
+    assert_close("step", found, block.step(x[:, 0], state)[0], 1e-13)
+    torch._dynamo.reset()
+
+
 # The memory of other blocks.
 
 

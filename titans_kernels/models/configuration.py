@@ -112,6 +112,8 @@ class TitansConfig(PreTrainedConfig):
         checks.choice("variant", self.variant, tuple(VARIANTS))
         if self.variant == "tnt" and self.local_chunks is None:
             self.local_chunks = [16]
+        if isinstance(self.local_chunks, tuple):
+            self.local_chunks = list(self.local_chunks)  # as it comes back from a file
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads"):
             checks.integer(name, getattr(self, name), 1)
         if self.loss_chunk is not None:
