@@ -314,3 +314,14 @@ def test_bytes_and_operations_by_hand():
     # Two products of [10, 4] and [4, 10], of which half is needed; seven with the backward pass.
     assert shapes.attention_flop(shape, FORWARD) == 6 * 2 * (2 * 10 * 10 * 4) // 2
     assert shapes.attention_flop(shape, BOTH) == 6 * 7 * (2 * 10 * 10 * 4) // 2
+
+
+def test_nothing_below_a_picture_is_cut_off(tmp_path):
+    """Long names of machines take a second line."""
+    figure, _ = style.panels(5, 3.8)
+    source = "NVIDIA H100 80GB HBM3, 1 thread(s), bfloat16, float32, torch 2.13.0+cu130, commit "
+    style.save(figure, tmp_path / "a.png", source + "15374c8-dirty, 2026-11-23; worst to best seed")
+    [text] = figure.texts
+    box = text.get_window_extent()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1
+    assert box.y1 <= 0.3 / 3.8 * figure.bbox.y1
