@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -333,7 +334,7 @@ def test_another_value_of_the_variable_is_refused(monkeypatch):
         retrieve(**_reading())
 
 
-@pytest.mark.parametrize("case", ["three layers", "no interpreter", "read by chunk"])
+@pytest.mark.parametrize("case", ["six layers", "no interpreter", "read by chunk"])
 def test_what_triton_does_not_cover_is_pytorch_at_once(monkeypatch, case):
     monkeypatch.setattr(decide, "check", mock.Mock(side_effect=AssertionError))
     if case == "no interpreter":
@@ -342,7 +343,7 @@ def test_what_triton_does_not_cover_is_pytorch_at_once(monkeypatch, case):
         if case == "read by chunk":
             neural_memory(**_inputs(), read="chunk")
         else:
-            retrieve(**_reading(depth=3 if case == "three layers" else 2))
+            retrieve(**_reading(depth=6 if case == "six layers" else 2))
     assert set(ran) == {"torch"}
 
 
@@ -361,6 +362,17 @@ def test_every_length_is_checked_in_the_blocks_it_runs_in():
     )
     assert [_tokens(n, 200) for n in (1, 200, 10**6)] == [256, 256, 512]
     assert _tokens(10**6, 2**20) == 8192
+
+
+@pytest.mark.parametrize("widths", [(16, 16), (16, 32, 16), (16, 32, 48, 16)], ids=str)
+def test_the_problem_has_the_widths_of_the_memory(widths):
+    """Of every layer: kernels are compiled for each."""
+    weights = [torch.ones(1, 1, *size) for size in pairwise(widths)]
+    reading = Reading(torch.ones(1, 1, 16), weights, None, torch.tensor([0, 1]))
+    ours = Configuration.of_reading(reading, Options("relu", True), 1)
+    problem = check._reading_problem(ours, 1, torch.device("cpu"))
+    assert [x.shape[2:] for x in problem.weights] == [x.shape[2:] for x in weights]
+    assert records._record(ours) == json.loads(json.dumps(records._record(ours)))
 
 
 def test_threads_check_once():

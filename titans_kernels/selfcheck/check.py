@@ -206,8 +206,8 @@ def _reading_problem(configuration: Configuration, heads: int, device: torch.dev
 def _matrices(
     configuration: Configuration, random: Random, sequences: int, heads: int
 ) -> list[Tensor]:
-    D, hidden, depth = configuration.head_dim, configuration.hidden, configuration.depth
-    widths = [D, *[hidden] * (depth - 1), D]
+    D, hidden = configuration.head_dim, configuration.hidden
+    widths = [D, *map(int, hidden.split(",") if hidden else ()), D]
     return [random(sequences, heads, m, n) / m**0.5 for m, n in pairwise(widths)]
 
 

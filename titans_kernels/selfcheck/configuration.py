@@ -29,7 +29,7 @@ class Configuration(NamedTuple):
     gates: str  # dtypes of theta, alpha and eta; "" where there are none
     precision: str  # of float32 products: "ieee" or "tf32"
     head_dim: int
-    hidden: int
+    hidden: str  # widths of the layers between
     depth: int
     per_layer: bool  # whether gates are
     norm: bool
@@ -68,7 +68,8 @@ class Configuration(NamedTuple):
 
     def __str__(self) -> str:
         """As a user would say it."""
-        sizes = f"D {self.head_dim}, {self.depth} layers, hidden {self.hidden}"
+        hidden = f", hidden {self.hidden}" if self.hidden else ""
+        sizes = f"D {self.head_dim}, depth {self.depth}{hidden}"
         sizes += f", chunk {self.chunk_size}" if self.operator == "neural_memory" else ""
         training = "with" if self.gradients else "without"
         return f"{self.operator}, {self.dtype}, {sizes}, {training} gradients, on {self.device}"
@@ -79,8 +80,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _network(q: Tensor, weights: list[Tensor]) -> tuple[int, int, int]:
-    return q.shape[-1], weights[0].shape[-1], len(weights)
+def _network(q: Tensor, weights: list[Tensor]) -> tuple[int, str, int]:
+    return q.shape[-1], ",".join(str(w.shape[-1]) for w in weights[:-1]), len(weights)
 
 
 def _tokens(longest: int, chunk_size: int) -> int:
