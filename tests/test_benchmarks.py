@@ -324,4 +324,4 @@ def test_nothing_below_a_picture_is_cut_off(tmp_path):
     [text] = figure.texts
     box = text.get_window_extent()
     assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1
-    assert box.y1 <= 0.3 / 3.8 * figure.bbox.y1
+    assert box.y1 <= 0.4 / 3.8 * figure.bbox.y1

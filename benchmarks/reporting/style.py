@@ -18,7 +18,7 @@ def panels(width: float, height: float, rows: int = 1, columns: int = 1) -> tupl
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    room = 0.3 / height
+    room = 0.4 / height
     layout = ConstrainedLayoutEngine(rect=(0, room, 1, 1 - room))
     figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     return figure, figure.subplots(rows, columns, sharey=True, squeeze=False)
@@ -32,7 +32,7 @@ def legend_beside(figure: Any, axis: Any) -> None:
 
 def save(figure: Any, path: Path, source: str) -> Path:
     """Written, with its source in the lower left corner."""
-    lines = textwrap.fill(source, int(17 * figure.get_figwidth()))
-    figure.text(0.01, 0.01, lines, fontsize=7, color=BLACK)
+    lines = textwrap.fill(source, int(13 * figure.get_figwidth()))
+    figure.text(0.01, 0.01, lines, fontsize=7, color=BLACK, va="bottom")
     figure.savefig(path, dpi=130)
     return path
