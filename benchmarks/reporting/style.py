@@ -18,7 +18,7 @@ def panels(width: float, height: float, rows: int = 1, columns: int = 1) -> tupl
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    room = 0.4 / height
+    room = 0.55 / height
     layout = ConstrainedLayoutEngine(rect=(0, room, 1, 1 - room))
     figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     return figure, figure.subplots(rows, columns, sharey=True, squeeze=False)
