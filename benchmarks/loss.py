@@ -2,25 +2,25 @@
 
     python -m benchmarks.loss
 
-Of the head alone, forward and backward, on a CPU: bytes by which the process grows beyond hidden
-states and weights, each way in a process of its own, and the seconds of one thread's work.
+Of the head alone, forward and backward, on a CPU: the most bytes of tensors at a time beyond hidden
+states and weights, as PyTorch's allocator counts them, and the seconds of one thread's work. The
+gradient of the weights is among them, and a sum of it that autograd has not yet added to.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from titans_kernels.models.loss import next_token_loss
 
 from .running.machine import describe
-from .running.memory import growth
 
 VOCABULARY, DIM, TOKENS = 32_000, 768, 2048
 
@@ -45,7 +45,11 @@ def measured(chunk: int | None, tokens: int, dim: int, vocabulary: int) -> tuple
 
     run(8)
     weight.grad = hidden.grad = None
-    grown = growth(lambda: run(tokens))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run(tokens)
+    events = [x for x in profiler.profiler.kineto_results.events() if x.name() == "[memory]"]
+    grown = max(accumulate(x.nbytes() for x in sorted(events, key=lambda x: x.start_ns())))
+    weight.grad = hidden.grad = None
     start = time.process_time()
     loss = run(tokens)
     return loss, grown, time.process_time() - start
@@ -61,10 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("| tokens at a time | loss | MB beyond the inputs | seconds of a core |")
     print("|---|---|---|---|")
     for chunk in (None, 1024, 256, 64):
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            run = pool.submit(measured, chunk, options.tokens, options.dim, options.vocabulary)
-            loss, grown, seconds = run.result()
+        loss, grown, seconds = measured(chunk, options.tokens, options.dim, options.vocabulary)
         print(f"| {chunk or 'all'} | {loss:.6f} | {grown / 1e6:,.0f} | {seconds:.1f} |", flush=True)
 
 
