@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from inputs import make_inputs
 from torch.utils import _pytree as pytree
 
 from titans_kernels import neural_memory
+from titans_kernels.kernels import operator
+from titans_kernels.kernels.tiles import Tile, tile, using
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +39,21 @@ def test_calls_from_several_threads_are_each_their_own(backend, calls):
     with ThreadPoolExecutor(4) as pool:
         got = list(pool.map(lambda seed: _results(backend, seed, T), range(calls)))
     assert got == want
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and not triton.knobs.runtime.interpret, reason="tensors of the CPU"
+)
+def test_a_backward_pass_in_another_thread_takes_the_tile_of_its_forward_pass(monkeypatch):
+    """As autograd's own threads do, which run what is on a GPU."""
+    taken = []
+    monkeypatch.setattr(operator, "tile", lambda *args: taken.append(tile(*args)) or taken[-1])
+    inputs, choice = make_inputs(1, 4, 1, 16, 16, 2, dtype=torch.float32), Tile(16, 16)
+    with using(choice):
+        o, _ = neural_memory(**inputs, backend="triton")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(o.sum().backward).result()
+    assert len(taken) >= 2 and set(taken) == {choice}
 
 
 def test_deterministic_algorithms_are_taken_and_no_memory_is_read_unwritten():

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -180,7 +182,24 @@ def test_a_tile_may_be_forced():
     other = Tile(16, 16)
     with using(other):
         assert tile(64, 256, torch.bfloat16, "sm_90") is other
+        with using(None):
+            assert tile(64, 256, torch.bfloat16, "sm_90") != other
     assert tile(64, 256, torch.bfloat16, "sm_90") != other
+
+
+def test_a_forced_tile_is_forced_in_its_thread_alone():
+    """Also where both threads are inside at once."""
+    both, tiles = threading.Barrier(2), (Tile(16, 16), Tile(32, 32))
+
+    def found(choice):
+        with using(choice):
+            both.wait(60)
+            size = tile(64, 256, torch.bfloat16, "sm_90")
+            both.wait(60)
+            return size
+
+    with ThreadPoolExecutor(2) as pool:
+        assert tuple(pool.map(found, tiles)) == tiles
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from . import selfcheck
 from .batching import one_by_one
+from .kernels import tiles
 from .nonfinite import separate
 from .packing import Options, Packed, Reading
 from .transforms import transforming
@@ -171,6 +172,8 @@ def _(*args: Any) -> list[Tensor]:
 
 def _memory_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     (*_, kept), (*ctx.how, ctx.final, ctx.saved) = output, inputs[_P:]
+    # Autograd's own threads know nothing of `using`, and what is kept fits one tile alone.
+    ctx.tile = tiles.chosen()
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*kept)
     _save(ctx, (Packed(*inputs[:_P]), kept))
@@ -183,7 +186,8 @@ def _memory_vjp(ctx: Any, do: Maybe, dfinal: list[Maybe], _: Any) -> tuple[Any, 
     state = [*packed.weights, *packed.momentum]
     d_state = dfinal if ctx.final else [None] * len(state)
     d_o, *d_final = map(_or_zeros, (do, *d_state), (packed.q, *state))
-    grads = _memory_backward(*packed, *ctx.how, kept, d_o, d_final)
+    with tiles.using(ctx.tile):
+        grads = _memory_backward(*packed, *ctx.how, kept, d_o, d_final)
     return *_gradients(packed, grads), *[None] * (len(ctx.how) + 2)
 
 

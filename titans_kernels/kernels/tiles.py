@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
@@ -167,18 +168,23 @@ _SINGLE = (
     (256, ANY, Tile(16, 16, 16, 64, scan=_8, retrieve=_8, recall=_8)),
 )
 
-_chosen: Tile | None = None
+_chosen: ContextVar[Tile | None] = ContextVar("tile", default=None)
+
+
+def chosen() -> Tile | None:
+    """What `using` says here."""
+    return _chosen.get()
 
 
 @contextmanager
-def using(choice: Tile) -> Iterator[None]:
-    """Launches inside take this tile: for tests and for tuning, not for threads side by side."""
-    global _chosen
-    before, _chosen = _chosen, choice
+def using(choice: Tile | None) -> Iterator[None]:
+    """Calls inside take this tile, in this thread alone, and so does their backward pass wherever
+    it runs; with None, the one that ships. For tests and for tuning."""
+    token = _chosen.set(choice)
     try:
         yield
     finally:
-        _chosen = before
+        _chosen.reset(token)
 
 
 def tile(
@@ -193,8 +199,8 @@ def tile(
 
     Training takes one tile for all its passes, what is never differentiated perhaps another.
     """
-    if _chosen is not None:
-        return _chosen
+    if (choice := chosen()) is not None:
+        return choice
     rows = _HALF.get(architecture)
     if rows is None:
         return Tile()
