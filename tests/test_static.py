@@ -65,6 +65,7 @@ def test_ceilings_are_recorded():
 # -------------------------------------------------------------------------------- the check itself
 
 
+TOKENS = static.T * static.H
 CONSTANTS = {"D": "64", "BD": "64", "BT": "64", "BH": "64", "BQ": "64"}  # retrieve in training
 
 
@@ -85,6 +86,9 @@ def _report(**changes):
         tensor_core={"HGMMA": 52},
         loads={4: 4, 8: 20, 16: 40},
         stores={16: 2},
+        executed={"product": 20 * TOKENS, "integer": 580 * TOKENS},
+        flop=1e10,
+        needed=1e10,
     )
     return dataclasses.replace(report, **changes)
 
@@ -95,20 +99,19 @@ def _report(**changes):
         ({}, None),
         ({"registers": 216}, None),
         ({"registers": 217}, "224 registers, recorded 216"),
-        ({"stack": 8}, "8 bytes of stack, at most 0"),
-        ({"constants": {"D": "256", "BD": "64", "BT": "64", "BH": "64"}}, None),
+        ({"stack": 256}, None),
+        ({"stack": 257}, "257 bytes of stack, at most 256"),
+        ({"constants": CONSTANTS | {"D": "256"}}, None),
+        ({"executed": {"integer": 400 * TOKENS, "spill": 200 * TOKENS}}, None),
         (
-            {"stack": 257, "constants": {"D": "256", "BD": "64", "BT": "64", "BH": "64"}},
-            "at most 256",
+            {"executed": {"integer": 400 * TOKENS, "spill": 200 * TOKENS + 1}},
+            "601 instructions a token, recorded 600",
         ),
-        ({"stack": 264, "arch": "sm_80", "tensor_core": {"HMMA": 256}}, "at most 256"),
-        ({"stack": 8, "kernel": "scan_backward_kernel"}, "8 bytes of stack, at most 0"),
-        ({"stack": 17, "constants": {**CONSTANTS, "CHUNK": "64"}}, "at most 16"),
-        ({"stack": 8, "constants": {**CONSTANTS, "BT": "128"}}, "at most 0"),
+        ({"flop": 9.9e9}, "99% of the products on tensor cores"),
+        ({"uncounted": "a while loop"}, "a while loop"),
         ({"shared": 126_977}, "126,977 bytes of shared memory, recorded 126,976"),
         ({"shared": 232_449}, "232,449 bytes of shared memory, at most 232,448"),
         ({"traps": 1}, "1 traps, at most 0"),
-        ({"tensor_core": {"HGMMA": 31}}, "31 products, 32 needed"),
         ({"tensor_core": {"HGMMA": 32, "HMMA": 16}}, "HMMA instead of HGMMA"),
         ({"loads": {2: 1, 4: 4, 8: 20, 16: 39}}, "25 narrow loads, recorded 24"),
         ({"arch": "gfx942"}, "no ceilings are recorded"),
@@ -124,29 +127,24 @@ def test_check(changes, problem):
     assert not found if problem is None else any(problem in line for line in found), found
 
 
-@pytest.mark.parametrize(
-    ("kernel", "products"),
-    [
-        ("scan", 6 * 128 + 7 * 64 + 3 * 64),
-        ("retrieve", 3 * 128 + 2 * 64 + 3 * 64),
-        ("retrieve_backward", 3 * 64 + 3 * 64 + 64),
-        ("inputs_backward q", 64 + 3 * 64 + 3 * 64),
-        ("scan_backward", 10 * 64 + 4 * 32 + 15 * 64 + 5 * 64),
-        ("inputs_backward k", 64 + 2 * 64 + 3 * 64),
-        ("coefficients_backward", 0),
-    ],
-)
-def test_products_and_costs_are_known(kernel, products):
-    """Of what backward launches too: what products sum over at least, by 16 elements at a time."""
-    sizes = {"D": "128", "BD": "128", "BR": "64", "BT": "64", "BH": "64", "CHUNK": "16"}
-    kernel, *reader = kernel.split()
-    reader = {"KEYS": str(reader == ["k"])} if reader else {}
-    keeps = {"KEEP": "True"} if kernel in ("scan", "retrieve") else {}
-    report = _report(kernel=f"{kernel}_kernel", constants=sizes | reader | keeps)
-    assert static.name(report) in static.KERNELS
-    assert static.fewest_products(report) == products // 16
+@pytest.mark.parametrize("kernel", static.KERNELS)
+def test_costs_are_known(kernel):
+    sizes = {"D": "128", "BT": "64", "CHUNK": "16", "KEEP": str(kernel.endswith("+"))}
+    which, *reader = kernel.rstrip("+").split()
+    sizes |= {"KEYS": str(reader == ["k"])} if reader else {}
+    report = _report(kernel=f"{which}_kernel", constants=sizes)
+    assert static.name(report) == kernel
     cost = static.cost(report)
-    assert cost.bytes > 0 and (cost.flop > 0) == (products > 0)
+    assert cost.bytes > 0 and (cost.flop > 0) == ("coefficients" not in kernel)
+
+
+def test_launches_of_a_kernel_are_counted_together():
+    """A group of blocks and the next one."""
+    once = _report()
+    [both] = static.together([once, once])
+    assert both.executed == {"product": 40 * TOKENS, "integer": 1160 * TOKENS}
+    assert (both.flop, both.needed, both.instructions) == (2e10, 2e10, once.instructions)
+    assert static.a_token(both) == 1200 and static.a_token(both, "product") == 40
 
 
 def test_record_keeps_other_versions_and_kernels(tmp_path, monkeypatch):

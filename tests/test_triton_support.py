@@ -353,6 +353,25 @@ def test_compiled_matmul_makes_sense(compiled, arch, instruction):
     assert 2 in unaligned.loads and unaligned.products
 
 
+@pytest.mark.parametrize(
+    ("arch", "case", "instruction"),  # multiplications of a tensor-core instruction, in a warp
+    [
+        ("sm_80", "aligned", 16 * 8 * 16),
+        ("sm_80", "unaligned", 16 * 8 * 16),
+        ("sm_90", "aligned", 64 * 64 * 16 // 4),
+        ("sm_100", "aligned", 64 * 64 * 16 // 4),  # counted in all four, issued by one
+        ("gfx942", "unaligned", 32 * 32 * 8),
+    ],
+)
+def test_executed_matmul(compiled, arch, case, instruction):
+    """64 x 64 x 128 in turns of 32: what the source's loop needs, the machine code's does, once."""
+    report = compiled[arch, case]
+    assert report.flop == report.needed == 2 * 64 * 64 * 128
+    assert report.executed["product"] == 64 * 64 * 128 / instruction
+    # The result is rounded at the end: 32 threads two numbers at a time, or 64 threads one.
+    assert report.executed["float"] == 64 * 64 / 64
+
+
 def test_faults_of_a_tile_that_is_too_large():
     case, launch = {"M": 128, "N": 256}, "triton_support.samples:launch_two_sums"
     [spilled, gave_up] = offline.collect(launch, ["sm_90", "sm_100"], [case])

@@ -23,12 +23,14 @@ import argparse
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -92,9 +94,13 @@ def compiling(arch: str, only: Container[str] | None = None) -> Iterator[list[Re
         if only is not None and self.__name__ not in only:
             return None
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        given = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        fixed = {p.name: str(given.get(p.name, p.default)) for p in self.params if p.is_constexpr}
-        reports.append(report(compiled, arch, fixed))
+        defaults = {p.name: p.default for p in self.params}
+        given = defaults | dict(zip(self.arg_names, args, strict=False)) | kwargs
+        fixed = {p.name: str(given[p.name]) for p in self.params if p.is_constexpr}
+        kinds = compiled.src.signature
+        integers = list(_integers([*kinds.values()], [given[name] for name in kinds]))
+        programs = prod(grid(given) if callable(grid) else grid)
+        reports.append(report(compiled, arch, fixed, integers, programs))
         return compiled
 
     with (
@@ -102,6 +108,15 @@ def compiling(arch: str, only: Container[str] | None = None) -> Iterator[list[Re
         mock.patch.object(driver, "_active", _StandIn(arch)),
     ):
         yield reports
+
+
+def _integers(types: Sequence[Any], values: Sequence[Any]) -> Iterator[int]:
+    """Of a launch's arguments those that stay integers, records' too; one may be a constant."""
+    for kind, value in zip(types, values, strict=True):
+        if not isinstance(kind, str):
+            yield from _integers(kind, value)
+        elif re.fullmatch(r"[iu]\d+", kind):
+            yield int(value)
 
 
 def compile_kernel(kernel: Any, arch: str, *args: Any, **kwargs: Any) -> Report:

@@ -6,10 +6,13 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import triton
+
+from . import executed, loops
 
 TENSOR_MEMORY = 512  # columns of a streaming multiprocessor, from sm_100 on
 
@@ -51,6 +54,10 @@ class Report:
     tensor_core: dict[str, int]  # instructions by name
     loads: dict[int, int]  # from global memory: instructions by bytes a thread
     stores: dict[int, int]
+    executed: dict[str, int] = field(default_factory=dict)  # warp instructions of a launch, by kind
+    flop: float = 0.0  # of a launch, on tensor cores
+    needed: float = 0.0  # FLOP of a launch that products in the kernel's source have
+    uncounted: str = ""  # why there are none of the three
 
     def __str__(self) -> str:
         figures = {
@@ -62,6 +69,7 @@ class Report:
             "tensor core": self.tensor_core,
             "loads": self.loads,
             "stores": self.stores,
+            "executed": self.executed or self.uncounted,
         }
         return f"{self.kernel} on {self.arch}: " + ", ".join(f"{k} {v}" for k, v in figures.items())
 
@@ -69,6 +77,11 @@ class Report:
     def products(self) -> int:
         """Tensor-core instructions."""
         return sum(self.tensor_core.values())
+
+    @property
+    def twice(self) -> float | None:
+        """How often a product is computed on tensor cores, on average."""
+        return self.flop / self.needed if self.needed else None
 
     def faults(self, *, stack: int = 0) -> list[str]:
         """Why this kernel would not run, or would run slowly: nothing, for one to be shipped."""
@@ -86,10 +99,18 @@ class Report:
         ]
 
 
-def report(compiled: Any, arch: str, constants: dict[str, str]) -> Report:
-    """Read what `triton.compile` made for `arch`."""
+def report(
+    compiled: Any, arch: str, constants: dict[str, str], integers: Sequence[int], programs: int
+) -> Report:
+    """Read what `triton.compile` made for `arch`, and how a launch executes it.
+
+    Args:
+        integers (sequence of int): what is given to those of the kernel's arguments that are.
+        programs (int): of the launch.
+    """
     meta = compiled.metadata
     read = _read_nvidia if ARCHITECTURES[arch].backend == "cuda" else _read_amd
+    code, figures = read(compiled.asm)
     return Report(
         kernel=meta.name,
         arch=arch,
@@ -98,24 +119,42 @@ def report(compiled: Any, arch: str, constants: dict[str, str]) -> Report:
         constants=constants,
         shared=meta.shared,
         tensor_memory=getattr(meta, "tmem_size", None) or 0,
-        **read(compiled.asm),
+        **figures,
+        **_execution(code, compiled.asm, integers, programs, meta.num_warps),
+    )
+
+
+def _execution(
+    code: executed.Code, asm: Any, integers: Sequence[int], programs: int, warps: int
+) -> dict[str, Any]:
+    try:
+        # Pipelining may take a turn out of a loop, so loops are those after it.
+        source = loops.read(asm["ttgir"], integers)
+        one = executed.executed(code, source.loops)
+        needed = loops.read(asm["ttir"], integers).flop
+    except ValueError as unknown:
+        return dict(uncounted=str(unknown))
+    return dict(
+        executed={what: n * warps * programs for what, n in one.instructions.items()},
+        flop=(one.flop * warps + source.tensor_memory) * programs,
+        needed=needed * programs,
     )
 
 
 # ------------------------------------------------------------------------------------------- NVIDIA
 
-_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
 _SASS_FUNCTION = re.compile(r"^(?=[\w$]+:$)", re.M)
 _NVIDIA_PRODUCT = re.compile(r"HMMA|HGMMA|DMMA|UTC\w*MMA")
 
 
-def _read_nvidia(asm: Any) -> dict[str, Any]:
+def _read_nvidia(asm: Any) -> tuple[executed.Code, dict[str, Any]]:
     usage = dict(re.findall(r"(REG|STACK):(\d+)", _tool("cuobjdump", "-res-usage", asm["cubin"])))
     functions = _SASS_FUNCTION.split(_tool("nvdisasm", "-c", asm["cubin"]))
     # On sm_100 every kernel carries helpers that trap when tensor memory is misused.
     kernel = "".join(body for body in functions if "guardrail_trap" not in body.split(":", 1)[0])
-    ops = Counter(_SASS.findall(kernel))
-    return dict(
+    code = executed.sass(kernel)
+    ops = Counter(instruction.name for instruction in code.instructions)
+    return code, dict(
         registers=int(usage["REG"]),
         stack=int(usage["STACK"]),
         spills=sum(n for op, n in ops.items() if op.split(".")[0] in ("LDL", "STL")),
@@ -156,21 +195,21 @@ def _by_width(ops: Counter[str], names: tuple[str, ...]) -> dict[int, int]:
 
 # ---------------------------------------------------------------------------------------------- AMD
 
-_GCN = re.compile(r"^\t([a-z][a-z0-9_]+)\b", re.M)
 _AMD_PRODUCT = re.compile(r"v_mfma_\w+")
 _AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(\w+)")
 _AMD_WIDTH = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "short": 2, "byte": 1}
 
 
-def _read_amd(asm: Any) -> dict[str, Any]:
+def _read_amd(asm: Any) -> tuple[executed.Code, dict[str, Any]]:
     text = asm["amdgcn"]
     figures = {name: int(n) for name, n in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.M)}
-    ops = Counter(_GCN.findall(text))
+    code = executed.gcn(text)
+    ops = Counter(instruction.name for instruction in code.instructions)
     widths: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
     for op, n in ops.items():
         if match := _AMD_ACCESS.fullmatch(op):
             widths[match[1]][_amd_width(match[2])] += n
-    return dict(
+    return code, dict(
         registers=figures["vgpr_count"],  # accumulation registers among them
         stack=figures["private_segment_fixed_size"],
         spills=figures["vgpr_spill_count"],

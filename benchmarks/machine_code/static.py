@@ -6,8 +6,12 @@ Compiles every kernel for every target with the tile that ships, in bfloat16, ch
 4 D; scan, which holds a chunk, for chunks of 64 too. A "+" marks what backward computes again of
 forward, and keeps more of; inputs_backward is compiled for queries (q) and for keys (k). Prints
 registers, bytes of stack and of shared memory, instructions and how many of them are products on
-tensor cores, and what a token of a head costs. `--check` judges all of it by limits and by the
-ceilings recorded for the installed Triton, `--record` records them. Any other case:
+tensor cores; then what a token of a head costs: FLOP, bytes and the floor of both, and the warp
+instructions that are executed for it, all of them and by kind ("float": elementwise, "special": of
+the special function unit). "twice" is how often a product is computed, on average: warps that do
+not find rows of their own in a tile compute those of others again. `--check` judges all of it by
+limits and by the ceilings recorded for the installed Triton, `--record` records them. Any other
+case:
 
     python -m benchmarks.machine_code.offline benchmarks.machine_code.static:launch \\
         --arch sm_90 --case \\
@@ -21,7 +25,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import torch
@@ -33,6 +40,7 @@ from titans_kernels.packing import Options, Reading, pack
 
 from .. import ROOT
 from . import model
+from .executed import CLASSES
 from .model import Cost
 from .offline import compiling
 from .sass import ARCHITECTURES, Report
@@ -47,6 +55,7 @@ PRODUCTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v
 SMALL_SHARED_MEMORY = 99 * 1024  # bytes on sm_86, sm_89 and sm_120, which sm_80's tiles serve too
 ROWS = {"sm_90": 64, "sm_100": 64}  # fewer, as in blocks of 32, take the tensor cores of sm_80
 CEILINGS = ROOT / "tests" / "static_ceilings.json"
+MOST_STACK = 256  # bytes a thread may spill: more, and addresses of spills fill registers too
 
 
 def launch(
@@ -88,19 +97,24 @@ def name(report: Report) -> str:
     return report.kernel.removesuffix("_kernel") + keeps + reader
 
 
+def size(report: Report, name: str, otherwise: int = 0) -> int:
+    """A number of the launch that the kernel was compiled for: D, BT, CHUNK, ..."""
+    return int(report.constants.get(name, otherwise))
+
+
 def head_dim(report: Report) -> int:
     """0 for the coefficients, which have none: they are compiled once."""
-    return int(report.constants.get("D", 0))
+    return size(report, "D")
 
 
 def chunk_size(report: Report) -> int:
-    return int(report.constants.get("CHUNK", CHUNK))
+    return size(report, "CHUNK", CHUNK)
 
 
 def key(report: Report) -> str:
     sizes = [f"D {head_dim(report)}"] if head_dim(report) else []
     sizes += [f"chunk {chunk_size(report)}"] if chunk_size(report) != CHUNK else []
-    sizes += [f"block {report.constants['BT']}"] if is_training(report) else []
+    sizes += [f"block {size(report, 'BT')}"] if is_training(report) else []
     return ", ".join([name(report), *sizes, report.arch])
 
 
@@ -108,37 +122,13 @@ def is_training(report: Report) -> bool:
     """Whether it is scan or retrieve with a tile that only training takes."""
     D = head_dim(report)
     alone = tile(D, 4 * D, torch.bfloat16, report.arch, chunk_size(report), backward=False)
-    return name(report) in ("scan", "retrieve") and int(report.constants["BT"]) != alone.block
+    return name(report) in ("scan", "retrieve") and size(report, "BT") != alone.block
 
 
 def cost(report: Report) -> Cost:
     """Of hidden widths as in `launch`."""
-    D, block = head_dim(report), int(report.constants["BT"])
+    D, block = head_dim(report), size(report, "BT")
     return model.cost(name(report), D, 4 * D, block, chunk_size(report), T)
-
-
-def fewest_products(report: Report) -> int:
-    """Tensor-core instructions at least, where no product in the kernel's source goes without.
-
-    One instruction sums over 16 elements at most, on every target: listed is what the products sum
-    over, all together.
-    """
-    which = name(report).rstrip("+").removesuffix(" k")
-    if which.startswith("coefficients"):
-        return 0
-    BD, BT, BH = (int(report.constants[size]) for size in ("BD", "BT", "BH"))
-    BR = int(report.constants.get("BR", BD))
-    BN = min(BH, 32)  # of the hidden dimension at a time, backwards
-    summed = {
-        "scan": 6 * BD + 7 * BT + 3 * BH,
-        "retrieve": 3 * BD + 2 * BT + 3 * BH,
-        "recall": BD + BH,
-        "retrieve_backward": 3 * BR + 3 * BT + BH,
-        "inputs_backward q": BR + 3 * BT + 3 * BH,
-        "scan_backward": 10 * BR + 4 * BN + 15 * BT + 5 * BH,
-        "inputs_backward": BR + 2 * BT + 3 * BH,
-    }
-    return summed[which] // 16
 
 
 def narrow_loads(report: Report) -> int:
@@ -146,13 +136,18 @@ def narrow_loads(report: Report) -> int:
     return sum(n for size, n in report.loads.items() if size < 16)
 
 
+def a_token(report: Report, *kinds: str) -> float:
+    """Warp instructions of a token and head: those of some of CLASSES, or all."""
+    return sum(report.executed.get(kind, 0) for kind in kinds or CLASSES) / (T * H)
+
+
 def measured(report: Report) -> dict[str, int]:
     """What has a recorded ceiling. Registers are handed out by eights."""
     return {
         "registers": -(-report.registers // 8) * 8,
-        "bytes of stack": report.stack,
         "bytes of shared memory": report.shared,
         "narrow loads": narrow_loads(report),
+        "instructions a token": ceil(a_token(report)),
     }
 
 
@@ -161,34 +156,23 @@ def version() -> str:
     return ".".join(triton.__version__.split(".")[:2])
 
 
-def most_stack(report: Report) -> int:
-    """Bytes a thread may spill: none where kernels are meant to be fast.
-
-    That is on gfx942, and on sm_90 and sm_100 up to D 128 in chunks of 16. At D 128 chunks of 64
-    take 16 bytes with Triton 3.9.
-    """
-    if report.arch == "gfx942":
-        return 0
-    if report.arch in ("sm_90", "sm_100") and head_dim(report) <= 128:
-        return 16 if chunk_size(report) > CHUNK else 0
-    return 256
-
-
 def problems(reports: Iterable[Report], ceilings: dict[str, dict[str, int]]) -> list[str]:
     """What is worse than it may be, of the limits that hold for all and of recorded ceilings."""
     found = []
     for report in reports:
         where = key(report)
-        found += report.faults(stack=most_stack(report))
+        found += report.faults(stack=MOST_STACK)
+        if report.uncounted:
+            found.append(f"{where}: {report.uncounted}")
         if report.arch == "sm_80" and report.shared > SMALL_SHARED_MEMORY:
             found.append(f"{where}: {report.shared:,} bytes of shared memory; sm_86 has fewer")
         if ceilings and where not in ceilings:
             found.append(f"{where}: no ceilings are recorded")
         other = [op for op in report.tensor_core if not op.startswith(PRODUCTS[report.arch])]
-        if other and int(report.constants.get("BT", 64)) >= ROWS.get(report.arch, 0):
+        if other and size(report, "BT", 64) >= ROWS.get(report.arch, 0):
             found.append(f"{where}: {', '.join(other)} instead of {PRODUCTS[report.arch]}")
-        if report.products < fewest_products(report):
-            found.append(f"{where}: {report.products} products, {fewest_products(report)} needed")
+        if report.twice is not None and report.twice < 1:
+            found.append(f"{where}: {report.twice:.0%} of the products on tensor cores")
         for what, value in measured(report).items():
             ceiling = ceilings.get(where, {}).get(what, value)
             if value > ceiling:
@@ -215,19 +199,26 @@ def record(reports: Iterable[Report]) -> None:
 COLUMNS = (
     *("kernel", "D", "chunk", "target", "block", "slice", "queries", "warps", "stages"),
     *("regs", "stack", "shared", "products", "instr", "FLOP", "bytes", "floor ns"),
+    *("executed", *CLASSES, "twice"),
 )
-WIDTHS = (-22, 5, 7, 8, 7, 7, 9, 7, 8, 6, 7, 9, 10, 8, 12, 10, 10)  # negative: to the left
+WIDTHS = (  # negative: to the left
+    *(-22, 5, 7, 8, 7, 7, 9, 7, 8, 6, 7, 9, 10, 8, 12, 10, 10),
+    *(10, *(max(7, len(kind) + 2) for kind in CLASSES), 7),
+)
 
 
 def line(report: Report) -> str:
     """A row of the table."""
-    sizes = [report.constants.get(size, "") for size in ("BT", "BH", "BQ")]
+    sizes = [size(report, name) or "" for name in ("BT", "BH", "BQ")]
     costs = cost(report)
     cells = (
         *(name(report), head_dim(report) or "all", chunk_size(report), report.arch, *sizes),
         *(report.num_warps, report.num_stages, report.registers, report.stack, report.shared),
         *(report.products, report.instructions, f"{costs.flop:,.0f}", f"{costs.bytes:,.0f}"),
         f"{costs.floor:.2f}" if report.arch == "sm_90" else "",
+        f"{a_token(report):.0f}",
+        *(f"{a_token(report, kind):.1f}" for kind in CLASSES),
+        f"{report.twice:.2f}" if report.twice else "",
     )
     return row(cells)
 
@@ -235,6 +226,22 @@ def line(report: Report) -> str:
 def row(cells: Iterable[object]) -> str:
     cells = list(zip(cells, WIDTHS, strict=True))
     return "".join(f"{cell!s:<{-w}}" if w < 0 else f"{cell!s:>{w}}" for cell, w in cells)
+
+
+def together(reports: Iterable[Report]) -> list[Report]:
+    """One of each kernel: what a group of blocks executes and what the next one does."""
+    found: dict[str, list[Report]] = {}
+    for report in reports:
+        found.setdefault(key(report), []).append(report)
+    return [
+        replace(
+            launches[0],
+            executed=dict(sum((Counter(x.executed) for x in launches), Counter())),
+            flop=sum(x.flop for x in launches),
+            needed=sum(x.needed for x in launches),
+        )
+        for launches in found.values()
+    ]
 
 
 def compiled(architectures: Iterable[str], head_dims: Iterable[int]) -> Iterable[list[Report]]:
@@ -256,9 +263,9 @@ def compiled(architectures: Iterable[str], head_dims: Iterable[int]) -> Iterable
             for only, options in launches:
                 with compiling(arch, only) as reports:
                     launch(size, arch, **options)
-                new = {key(report): report for report in reports if key(report) not in seen}
-                seen |= new.keys()
-                yield list(new.values())
+                new = [report for report in together(reports) if key(report) not in seen]
+                seen |= {key(report) for report in new}
+                yield new
 
 
 def main(argv: list[str] | None = None) -> int:
