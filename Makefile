@@ -3,7 +3,7 @@
 #
 #   PYTHON  the Python that .venv is made from
 #   TORCH   the torch to install, for example TORCH=torch for the newest
-#   SECOND  another Triton that the kernels are compiled with, beside the one that torch brings
+#   SECOND  another Triton that the kernels are compiled with, besides the one that torch brings
 #   CONSTRAINTS  a file of exact versions; that of continuous integration is .ci/constraints.txt
 #   PYTEST  more options for pytest, for example PYTEST="-k stream -x"
 
@@ -99,7 +99,7 @@ machine: $(READY) $(OTHER) ## Execute the kernels' PTX without a GPU (long): doc
 	$(EXECUTE_OTHER) --arch sm_80 >> $(EXECUTED)
 	$(EXECUTE).table $(EXECUTED)
 
-bench: $(READY) ## Time the operators beside their peers
+bench: $(READY) ## Time the operators and their peers
 	$(PY) -m benchmarks
 
 docs: $(READY) ## Build the documentation into site/, with the API reference

@@ -1,6 +1,6 @@
-"""What the operators cost, beside what a user would pick instead.
+"""What the operators cost, and what the alternatives cost.
 
-    python -m benchmarks            time, memory and profile on this machine, beside the peers
+    python -m benchmarks            time, memory and profile on this machine, with the peers
     python -m benchmarks.evidence   what models with a memory learn
     python -m benchmarks.gpu        all of it on a GPU that is at hand for minutes, resumable
     python -m benchmarks.cluster    a plan for many GPUs, on paper

@@ -25,7 +25,7 @@ PROFILED = ("layer", "operator", "decode")  # the others are one of them at othe
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Check titans_kernels, time it beside its peers, record what came out.",
+        description="Check titans_kernels, time it and its peers, record the results.",
     )
     names = [case.name for case in CASES]
     parser.add_argument("--cases", nargs="+", choices=names, help="only these", metavar="CASE")

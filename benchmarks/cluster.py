@@ -9,7 +9,7 @@ of an H200 and the latency of a chunk are those of `benchmarks` on one GPU, the 
     memory    of a rank's tokens, chunk after chunk: 16 us of latency for each chunk (4 forward, 4
               again, 8 backward), in as many turns as there are memories for 132 multiprocessors; or
               its 84 D hidden FLOP a token and head, if they take longer
-    TNT       local memories begin anew every 2,048 tokens: those of a rank are read side by side.
+    TNT       local memories begin anew every 2,048 tokens: those of a rank run in parallel.
               The global memory is one chain of chunks of 2,048, each at a multiprocessor's rate
     dense     projections and MLP, 72 dim^2 FLOP a token, at half the GPU's rate
     waiting   ranks are stages and layers are what goes through them: a rank starts on the next
@@ -97,7 +97,7 @@ def _stage(model: str, own: float, rows: int, ranks: int) -> float:
 
 
 def _local(own: float, rows: int) -> float:
-    """Seconds of the local memories of a layer, all that a rank has side by side."""
+    """Seconds of the local memories of a layer, all that a rank has, in parallel."""
     flop = 84 * D * EXPANSION * D * own * HEADS * rows
     turns = ceil(ceil(own / LOCAL) * HEADS * rows / SMS)
     return max(min(own, LOCAL) / CHUNK * CHUNK_LATENCY * turns, flop / FLOPS)

@@ -1,4 +1,4 @@
-"""Give a pretrained Llama a memory beside its attention, and fine-tune it with the Trainer.
+"""Give a pretrained Llama a memory next to its attention, and fine-tune it with the Trainer.
 
 The memories' gates are shut at first: before training the model computes what it did, to the bit.
 
@@ -22,7 +22,7 @@ from titans_kernels import from_pretrained, parameter_groups, replace
 
 
 def small_llama():
-    """A Llama of bytes, in the place of one that was pretrained."""
+    """A Llama of bytes, in place of one that was pretrained."""
     size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
     config = LlamaConfig(vocab_size=256, num_attention_heads=4, eos_token_id=None, **size)
     return AutoModelForCausalLM.from_config(config)

@@ -59,7 +59,7 @@ def mac(x: Tensor, p: Parameters, segment: int, options: Options) -> Tensor:
         S = x[start : start + segment]
         known = _weights(p) if state is None else state
         read = retrieve(queries[None, start : start + segment], known, **_form(p, options))
-        h = _answer(read[0], S, p)
+        h = _output(read[0], S, p)
 
         y_t = []
         for i in range(len(S)):
@@ -69,7 +69,7 @@ def mac(x: Tensor, p: Parameters, segment: int, options: Options) -> Tensor:
         y = torch.cat([y, torch.stack(y_t)])
 
         o, state = _learn([z[:, start:] for z in _inputs(y, p, options)], p, options, state)
-        m = torch.cat([m, _answer(o[0], y[start:], p)])
+        m = torch.cat([m, _output(o[0], y[start:], p)])
     return _gate(y, m, p)
 
 
@@ -79,7 +79,7 @@ def mac(x: Tensor, p: Parameters, segment: int, options: Options) -> Tensor:
 def _memory(x: Tensor, p: Parameters, options: Options) -> Tensor:
     """M(x): the memory's output for every token, after the updates of the tokens up to it."""
     o, _ = _learn(_inputs(x, p, options), p, options, None)
-    return _answer(o[0], x, p)
+    return _output(o[0], x, p)
 
 
 def _learn(
@@ -121,7 +121,7 @@ def _learned_gate(x: Tensor, p: Parameters, name: str) -> Tensor:
     return gate if len(bias) == H else gate.reshape(len(x), H, -1)
 
 
-def _answer(o: Tensor, x: Tensor, p: Parameters) -> Tensor:
+def _output(o: Tensor, x: Tensor, p: Parameters) -> Tensor:
     """What the memory read, [T, H, D], normalised, gated by x and projected: [T, dim]."""
     o = (_rms(o) * p["memory.out_norm"]).flatten(1)
     g = x @ p["memory.gate_proj.weight"].T

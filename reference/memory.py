@@ -13,8 +13,8 @@ With read="chunk", queries read the weights with which their chunk starts. With 
 (TNT, arXiv 2511.07343), before every token at a position that is a multiple of S the memory is
 what it was before the first, and its momentum zero; chunks are counted from there.
 
-One sequence after another, one token after another; the heads are independent and lie side by
-side in one batched product. Everything is differentiable, the inner gradients included.
+One sequence after another, one token after another; the heads are independent and
+computed in one batched product. Everything is differentiable, the inner gradients included.
 Shapes: N sequences, T tokens, H heads of size D, L layers, C = chunk_size.
 """
 
@@ -164,7 +164,7 @@ def retrieve(
     residual: bool = True,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Read a memory, learn nothing: f(q). A state is read as its last token left it.
+    """Read a memory without an update: f(q). A state is read as its last token left it.
 
     Args:
         q: queries.

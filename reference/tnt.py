@@ -16,10 +16,10 @@ from torch import Tensor
 from .blocks import (
     Options,
     Parameters,
-    _answer,
     _form,
     _heads,
     _learned_gate,
+    _output,
     _persistent,
     _weights,
 )
@@ -48,7 +48,7 @@ def tnt(
         queries = q if project is None else _project(q, k, reset_every, chunk, project)
         y, state = _learn(x, queries, k, v, own, options, chunk, "token", reset_every)
         o, states = o + y, [*states, state]
-    return _answer(o, x, p)[len(prefix) :], states
+    return _output(o, x, p)[len(prefix) :], states
 
 
 def _learn(

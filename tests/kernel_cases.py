@@ -1,4 +1,4 @@
-"""Cases that the Triton kernels are held to the definition on, each named by what it stresses."""
+"""Cases of the Triton kernels against the definition, each named by what it stresses."""
 
 import random
 from dataclasses import dataclass, field, replace

@@ -65,7 +65,7 @@ ATTENTION = ("attn", "self_attn", "attention", "self_attention")
 HEAD = """# What works in which model
 
 Each cell was found by trying a small model of the family, with random weights: a Titans layer
-(`lmm`) in the place of the attention of every layer (`replace`) or beside it, its gate open
+(`lmm`) in place of the attention of every layer (`replace`) or in parallel with it, its gate open
 (`beside`). Tests find the page anew and fail when it differs. "no" means that an error says so.
 
 - cached: `generate` with a cache gives the logits that it gives without.

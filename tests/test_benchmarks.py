@@ -1,4 +1,4 @@
-"""The benchmarks run through, record what they promise, and never time a wrong operator."""
+"""The benchmarks run, record what they promise, and never time a wrong operator."""
 
 import json
 import subprocess
@@ -188,7 +188,7 @@ def test_pictures_of_what_there_are_rows_for(tmp_path):
 
 
 def test_a_picture_says_what_is_in_it(tmp_path, monkeypatch):
-    """The peers beside ours, and the dtype of its own rows, not of all that were recorded."""
+    """The peers and ours, and the dtype of its own rows, not of all that were recorded."""
     sizes = [("operator", OURS), ("operator", "SDPA causal"), ("layer", "titans-pytorch")]
     sizes += [("layer-paper", "titans-pytorch paper"), ("bfloat16", OURS)]
     rows = [

@@ -186,12 +186,12 @@ OPTIONS = [
         ValueError,
         "project: got 'all', takes one of 'shard', 'chunk",
     ),
-    (TitansTNT, {"chunk_size": 16}, TypeError, "chunk_size: got 16, takes global_chunk beside"),
+    (TitansTNT, {"chunk_size": 16}, TypeError, "chunk_size: got 16, takes global_chunk together"),
     (
         TitansMAG,
         {"reset_every": 16},
         TypeError,
-        "reset_every: got 16, takes local_chunks beside",
+        "reset_every: got 16, takes local_chunks as well",
     ),
 ]
 

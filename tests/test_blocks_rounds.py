@@ -1,4 +1,4 @@
-"""`TitansMAC` reads sequences side by side, each as if alone, in the rounds of the longest."""
+"""`TitansMAC` reads sequences in parallel, each as if alone, in the rounds of the longest."""
 
 import pytest
 import torch
@@ -114,7 +114,7 @@ def test_uneven_sequences_under_autocast():
 
 
 def _calls(block, *args):
-    """What its memory was taught: tokens and cu_seqlens of every call."""
+    """What its memory was trained on: tokens and cu_seqlens of every call."""
     calls = []
 
     def note(_, args, named):

@@ -84,7 +84,7 @@ def test_what_one_graph_does_not_take_is_refused_when_it_runs():
         compiled(x, position_ids=positions, use_cache=False)
     x, named = _batch(8, 3)
     named |= {"use_cache": True, "past_key_values": DynamicCache()}
-    with pytest.raises(ValueError, match="attention_mask: got padding beside a cache"):
+    with pytest.raises(ValueError, match="attention_mask: got padding together with a cache"):
         compiled(x, **named)
 
 

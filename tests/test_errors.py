@@ -1,4 +1,4 @@
-"""Every mistake is met at the door: the message names the argument, what it got, what it takes."""
+"""Every mistake raises at the call: the message names the argument, what it got, what it takes."""
 
 import dataclasses
 import re

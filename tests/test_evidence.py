@@ -1,4 +1,4 @@
-"""The recall tasks, the models that are trained on them, and the record of what they answer."""
+"""The recall tasks, the models that are trained on them, and the record of their accuracy."""
 
 import json
 import math
@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 from benchmarks.evidence.__main__ import main
 from benchmarks.evidence.models import ABLATIONS, KINDS, PARAMETERS, Model
 from benchmarks.evidence.report import STYLES, Report, draw, markdown
-from benchmarks.evidence.tasks import FILLER, KEYS, NO_ANSWER, TASKS, VALUES, VOCABULARY, texts
+from benchmarks.evidence.tasks import FILLER, IGNORED, KEYS, TASKS, VALUES, VOCABULARY, texts
 from benchmarks.evidence.training import SCHEDULES, Run, Schedule, loss_of, optimizer_of, run
 from titans_kernels import NeuralMemory
 
@@ -33,40 +33,40 @@ def is_value(tokens):
 @pytest.mark.parametrize("name", TASKS)
 def test_an_answer_is_the_value_behind_its_key(name, length):
     task = TASKS[name]
-    for tokens, answers in zip(*_texts(name, length=length), strict=True):
+    for tokens, targets in zip(*_texts(name, length=length), strict=True):
         said = {}
         for i in range(length):
-            if answers[i] != NO_ANSWER:
-                assert said[int(tokens[i])] == answers[i]
+            if targets[i] != IGNORED:
+                assert said[int(tokens[i])] == targets[i]
             elif is_key(tokens[i]):
                 assert int(tokens[i]) not in said and is_value(tokens[i + 1])
                 said[int(tokens[i])] = tokens[i + 1]
         assert len(said) == task.pairs
-        # Values stand in pairs only: nothing behind a question gives its answer away.
+        # Values stand in pairs only: nothing behind a question gives its target away.
         assert int(is_value(tokens).sum()) == task.pairs
-        assert int((answers != NO_ANSWER).sum()) == task.questions
+        assert int((targets != IGNORED).sum()) == task.questions
         assert int((tokens >= KEYS + VALUES).sum()) == length - 2 * task.pairs - task.questions
         assert tokens.max() < VOCABULARY == KEYS + VALUES + FILLER
 
 
 def test_where_pairs_and_questions_stand():
-    tokens, answers = _texts("mqar", n=64)
+    tokens, targets = _texts("mqar", n=64)
     behind = 2 * TASKS["mqar"].pairs
     assert is_key(tokens[:, 0:behind:2]).all() and is_value(tokens[:, 1:behind:2]).all()
-    assert (answers[:, behind:] != NO_ANSWER).any(0).all()  # at every distance
+    assert (targets[:, behind:] != IGNORED).any(0).all()  # at every distance
 
-    tokens, answers = _texts("needle", n=64, length=128)
+    tokens, targets = _texts("needle", n=64, length=128)
     last = 128 - TASKS["needle"].questions
-    assert (answers[:, last:] != NO_ANSWER).all() and (answers[:, :last] == NO_ANSWER).all()
+    assert (targets[:, last:] != IGNORED).all() and (targets[:, :last] == IGNORED).all()
     assert is_value(tokens).nonzero()[:, 1].max() < 128 // 8
 
 
 def test_keys_say_nothing_of_values():
-    """Over texts, a key's answers are all values alike: nothing but the pair can be learned."""
-    tokens, answers = _texts("mqar", n=20_000)
-    asked = answers != NO_ANSWER
-    index = tokens[asked] * VALUES + answers[asked] - KEYS
-    share = torch.bincount(index, minlength=KEYS * VALUES).double() / int(asked.sum())
+    """Over texts, a key's values are uniform: nothing but the pair can be learned."""
+    tokens, targets = _texts("mqar", n=20_000)
+    questions = targets != IGNORED
+    index = tokens[questions] * VALUES + targets[questions] - KEYS
+    share = torch.bincount(index, minlength=KEYS * VALUES).double() / int(questions.sum())
     assert (share * KEYS * VALUES - 1).abs().max() < 0.3  # 5 sigma
 
 
@@ -110,15 +110,15 @@ def test_a_model_does_not_look_ahead(kind):
 
 
 def test_the_record_comes_back_and_is_drawn(tmp_path):
-    schedule = Schedule(steps=2, tokens=128, asked=2)
-    short = replace(TASKS["needle"], asked=(64,))
+    schedule = Schedule(steps=2, tokens=128, evaluation=2)
+    short = replace(TASKS["needle"], evaluated=(64,))
     found = run(short, "linear", 3, schedule)
     assert set(found.accuracy) == {64} and len(found.losses) == 2
     machine = dict.fromkeys(
         ("device", "capability", "threads", "python", "torch", "titans_kernels", "commit"), "x"
     )
     report = Report(machine | {"date": "2026-01-01"}, ["a command"])
-    shares = dict.fromkeys(TASKS["needle"].asked, 0.5)
+    shares = dict.fromkeys(TASKS["needle"].evaluated, 0.5)
     for kind, seed in (("memory", 0), ("window", 0), ("window", 1), ("window", 1)):
         report.add(Run("needle", kind, seed, 1000, shares, [2.0, 1.0], 1.0), schedule)
     assert len(report.runs) == 3
@@ -131,7 +131,7 @@ def test_the_record_comes_back_and_is_drawn(tmp_path):
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(SCHEDULES, "needle", Schedule(steps=9, tokens=128, asked=2))
+    monkeypatch.setitem(SCHEDULES, "needle", Schedule(steps=9, tokens=128, evaluation=2))
     command = ["--task", "needle", "--model", "window", "--seed", "5", "--steps", "1"]
     assert main([*command, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")

@@ -31,7 +31,7 @@ if torch.cuda.is_available() and not triton.knobs.runtime.interpret:
 
 @dataclass(frozen=True)
 class Source:
-    """A fault in a kernel's text: something else in the place of what stands there."""
+    """A fault in a kernel's text: something else in place of what stands there."""
 
     function: object
     right: str
@@ -58,7 +58,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Host:
-    """A fault in the operator: a function of its own in the place of `backward`."""
+    """A fault in the operator: a function of its own in place of `backward`."""
 
     wrong: object
 

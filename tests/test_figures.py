@@ -14,7 +14,7 @@ DOES = {"forward": "forward", "forward+backward": "forward and backward"}
 
 
 def _recorded():
-    """The table of titans-pytorch beside ours, as the recorded run has it."""
+    """The table of titans-pytorch and ours, as the recorded run has it."""
     rows = json.loads(RECORD.read_text())["rows"]
     for theirs in rows:
         if not theirs["provider"].startswith("titans-pytorch"):

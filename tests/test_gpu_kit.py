@@ -125,7 +125,7 @@ def test_the_documentation_says_what_was_recorded():
     assert page.refreshed(text, RESULTS) == text
 
 
-# ----------------------------------------------------------------------------- how steps are worked
+# ----------------------------------------------------------------------------- how steps are run
 
 
 def _kit(tmp_path, seconds=100.0):

@@ -1,6 +1,6 @@
 """The Triton kernels without gradients: streaming, layouts, limits, reading, forbidden patterns.
 
-In float64 and under the sanitizer. `test_kernels_backward` has the table of cases, answers, final
+In float64 and under the sanitizer. `test_kernels_backward` has the table of cases, outputs, final
 states and gradients in one.
 """
 
@@ -130,7 +130,7 @@ def test_offsets_beyond_int32():
         out[-40:] = x
         return out
 
-    def answers(q, k, v, gates, start):
+    def outputs(q, k, v, gates, start):
         cu = torch.tensor([start, start + 40])
         tokens = launch.Tokens(k, v, *gates, cu[None], torch.zeros(1, dtype=torch.int64), cu[:1])
         W = [torch.ones(1, 1, D, 32) / 8, torch.ones(1, 1, 32, D) / 8]
@@ -146,10 +146,10 @@ def test_offsets_beyond_int32():
     inputs = make_inputs(1, 40, 1, D, 32, 2, dtype=dtype, requires_grad=False)
     q, k, v = (inputs[name][0] for name in ("q", "k", "v"))
     gates = [inputs[name][0, :, :, None].float() for name in ("theta", "alpha", "eta")]
-    want = answers(q, k, v, gates, 0)
+    want = outputs(q, k, v, gates, 0)
     nothing = mock.patch.object(stock.GridExecutor, "_restore_args_dev", lambda *_: None)
     with nothing, sanitize(checks={"overflow"}):  # nothing to copy back: the tensors are the host's
-        got = answers(far(q), far(k), far(v), [far(x) for x in gates], M - 40)
+        got = outputs(far(q), far(k), far(v), [far(x) for x in gates], M - 40)
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 

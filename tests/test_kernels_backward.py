@@ -144,7 +144,7 @@ def test_detach_truncates():
     assert not torch.allclose(want.gradients["k"][:, :13], whole[:, :13])
 
 
-# ------------------------------------------------------------------------------- what is asked for
+# ------------------------------------------------------------------------------- what is requested
 
 SMALL = Case("", 11, 4, past=(6,), per_layer=True)
 SUBSETS = {

@@ -34,7 +34,7 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @contextmanager
 def _poisoned():
-    """Memory that nobody wrote is NaN."""
+    """Uninitialised memory is NaN."""
 
     def filled(make):
         def empty(*args, **kwargs):
@@ -91,14 +91,14 @@ def _trained_kernels(inputs, backward=True, **options):
 
 
 def _read(inputs):
-    """The queries' answers at the weights that a sequence starts with, on the CPU."""
+    """The outputs of the queries at the weights that a sequence starts with, on the CPU."""
     q, weights, norm = (_to(inputs[name], DEVICE) for name in ("q", "weights", "norm"))
     with torch.no_grad(), _poisoned():
         return retrieve(q, weights, norm=norm, backend="triton").cpu()
 
 
 def _read_exactly(exact, dtype):
-    """The same of the definition, and of the yardstick where no token teaches anything."""
+    """The same of the definition, and of the yardstick where no token updates the memory."""
     still = {name: torch.zeros_like(exact[name]) for name in ("theta", "alpha", "eta")}
     yard, _ = rounded(**exact | still, dtype=dtype, chunk_size=exact["q"].shape[1])
     want = reference.retrieve(exact["q"], exact["weights"], norm=exact["norm"])
@@ -314,7 +314,7 @@ REPEATS = [pytest.param(64, 16, 2, id="small")] + [
 @pytest.mark.parametrize("D, chunk, runs", REPEATS)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=("bf16", "fp32"))
 def test_runs_agree_to_the_bit(D, chunk, runs, dtype):
-    """With the tile that ships; what races would differ, where programs run side by side."""
+    """With the tile that ships; what races would differ, where programs run concurrently."""
     T = 40 if runs < 10 else 500
     inputs, _ = rounded_inputs(dtype, B=2, T=T, H=2, D=D, hidden=2 * D, depth=2)
 

@@ -68,7 +68,7 @@ def _bytes(x):
 
 
 def _planned(T, H=16, D=64, hidden=256):
-    """Bytes that a step holds of states, and of one group's scratch, beside what grows with T."""
+    """Bytes that a step holds of states, and of one group's scratch, without what grows with T."""
     with torch.device("meta"):
         q, k, v = (torch.empty(1, T, H, D, dtype=torch.bfloat16) for _ in "qkv")
         gates = tuple(torch.empty(1, T, H) for _ in "tae")
@@ -100,7 +100,7 @@ def _peak(function):
 
 
 def test_a_step_grows_by_few_bytes_a_token():
-    """Beyond answers and gradients, in a group that is as long for its states as one of 2,048."""
+    """Beyond outputs and gradients, in a group that is as long for its states as one of 2,048."""
     peaks, D, lengths = [], 16, (192, 384)
     for T in lengths:
         inputs = make_inputs(1, T, 1, D, 32, 2, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The layer against a plain composition that shares nothing with it, and what models ask of it."""
+"""The layer against a plain composition that shares no code with it, and as a part of models."""
 
 import copy
 import doctest

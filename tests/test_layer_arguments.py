@@ -18,7 +18,7 @@ OPTIONS = [
     ({"dim": 8.0}, TypeError, "dim: got 8.0, takes an int"),
     ({"heads": 0}, ValueError, "heads: got 0, takes an int of at least 1"),
     ({"heads": True}, TypeError, "heads: got True, takes an int"),
-    ({"heads": 3}, ValueError, "heads: got 3, takes a divisor of dim = 8, or a dim_head beside it"),
+    ({"heads": 3}, ValueError, "heads: got 3, takes a divisor of dim = 8, or an explicit dim_head"),
     ({"dim_head": 0}, ValueError, "dim_head: got 0, takes an int of at least 1"),
     ({"dim_head": "4"}, TypeError, "dim_head: got '4', takes an int"),
     ({"depth": 0}, ValueError, "depth: got 0, takes an int of at least 1"),

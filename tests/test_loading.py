@@ -85,7 +85,7 @@ def test_saved_loaded_and_restored(mode, name, tmp_path, caplog):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "restored")
     torch.testing.assert_close(plain(X).logits, before(X).logits)
     if mode == "replace":
-        with pytest.raises(ValueError, match="loaded with memories in the place of"):
+        with pytest.raises(ValueError, match="loaded with memories in place of"):
             restore(loaded)
 
 

@@ -1,4 +1,4 @@
-"""The emulator of PTX is proven: known answers, and every planted fault is found."""
+"""The emulator of PTX is proven: known outputs, and every planted fault is found."""
 
 import json
 import os

@@ -47,7 +47,7 @@ def _bytes_of_states(T, chunk, inputs):
 
 
 def _long(T):
-    """Inputs whose weights are large beside a token."""
+    """Inputs whose weights are large compared with a token."""
     return make_inputs(1, T, 1, 16, 256, 2, dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""What transformers asks of every model, in more detail than its own tests do.
+"""What transformers requires of every model, in more detail than its own tests do.
 
 Those run too: test_transformers_own.py.
 """
@@ -103,10 +103,10 @@ def test_hidden_states(cls, padded):
     tokens, mask = _padded()
     inputs = {"input_ids": tokens} | ({"attention_mask": mask} if padded else {})
     model = _model(cls=cls)
-    asked = model(**inputs, output_hidden_states=True)
+    by_argument = model(**inputs, output_hidden_states=True)
     assert model(**inputs).hidden_states is None
     model.config.output_hidden_states = True
-    for out in (asked, model(**inputs)):
+    for out in (by_argument, model(**inputs)):
         assert [h.shape for h in out.hidden_states] == [(2, 9, 16)] * 3
         for h in out.hidden_states:
             h.retain_grad()

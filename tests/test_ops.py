@@ -80,7 +80,7 @@ def test_the_memory(case, gradients):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_state_that_nobody_asks_for_is_not_made(case):
+def test_a_state_that_is_not_requested_is_not_made(case):
     packed, how = _packed(case, True)
     opcheck(ops._memory, (*packed, *how, False, True))
     leaves = packed.differentiable()

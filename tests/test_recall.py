@@ -1,4 +1,4 @@
-"""A layer asked without learning."""
+"""Queries of a layer without an update."""
 
 import copy
 import math

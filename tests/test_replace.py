@@ -1,4 +1,4 @@
-"""Titans layers in other people's models: in the place of attention, and beside it."""
+"""Titans layers in existing models: in place of attention, and in parallel with it."""
 
 import copy
 import io
@@ -329,7 +329,7 @@ def test_what_is_refused():
         replace(nn.Sequential(nn.Linear(4, 4)), "0")
     assert all("titans" not in n for n in model.state_dict()), "what was refused left something"
     replace(model, where.format(0), "lmm", mode="beside")
-    with pytest.raises(ValueError, match="has a memory beside it already"):
+    with pytest.raises(ValueError, match="has a memory already"):
         replace(model, where.format(0), "lmm", mode="beside")
 
     model, _ = _swapped("llama")

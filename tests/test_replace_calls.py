@@ -239,7 +239,7 @@ def test_one_refused_module_leaves_all_as_they_were():
     model = nn.Sequential(_Told(), _Told())
     replace(model, "1", "lmm", mode="beside")
     names = set(model.state_dict())
-    with pytest.raises(ValueError, match="1 has a memory beside it already"):
+    with pytest.raises(ValueError, match="1 has a memory already"):
         replace(model, "[01]", "lmm", mode="beside")
     assert set(model.state_dict()) == names and not model[0]._forward_hooks
 

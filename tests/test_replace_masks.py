@@ -101,7 +101,7 @@ def test_a_mask_beside_cu_seqlens():
         assert torch.equal(layer(x, attention_mask=mask, cu_seqlens=ends)[0], expected)
     assert torch.equal(layer(x, attention_mask=blocks)[0], expected)
     for mask in (REAL[:1], SQUARE[1:], torch.block_diag(*[torch.ones(3, 3)] * 2)[None, None]):
-        with pytest.raises(ValueError, match="attention_mask: beside cu_seqlens it takes"):
+        with pytest.raises(ValueError, match="attention_mask: together with cu_seqlens it takes"):
             layer(x, attention_mask=mask, cu_seqlens=ends)
     with pytest.raises(ValueError, match="cu_seq_lens_k: got another cu_seqlens"):
         layer(x, cu_seq_lens_q=ends, cu_seq_lens_k=torch.tensor([0, 3, 6]))

@@ -154,7 +154,7 @@ def test_detach_truncates():
 
     o, _ = neural_memory(**inputs | shared, initial_state=state)
     found = gradients({"o": o}, flat(past))
-    assert {name for name, x in found.items() if not x.any()} == {"q"}  # it is asked, not learned
+    assert {name for name, x in found.items() if not x.any()} == {"q"}  # not trained on
 
 
 def test_weights_beside_a_state_give_shapes_only():
@@ -335,13 +335,13 @@ def test_a_state_is_read_as_its_last_token_left_it(past, chunk, packed):
     )
     _, state = neural_memory(**inputs, chunk_size=chunk, output_final_state=True)
     state = state.map(lambda x: x.requires_grad_() if x.is_floating_point() else x)
-    asked = make_inputs(1 if packed else len(past), 30, 2, 4, 6, 2, seed=1)
+    query = make_inputs(1 if packed else len(past), 30, 2, 4, 6, 2, seed=1)
     counts = [30, *[0] * (len(past) - 1)] if len(past) < 3 else [0, 13, 17]
-    options = {"norm": asked["norm"], "activation": "silu", "residual": False}
+    options = {"norm": query["norm"], "activation": "silu", "residual": False}
     if packed:
         options["cu_seqlens"] = torch.tensor([0, *counts]).cumsum(0)
-    leaves = flat({"q": asked["q"], "norm": asked["norm"], "state": state})
-    found = [read(asked["q"], state, **options) for read in (retrieve, reference.retrieve)]
+    leaves = flat({"q": query["q"], "norm": query["norm"], "state": state})
+    found = [read(query["q"], state, **options) for read in (retrieve, reference.retrieve)]
     assert_values({"o": found[0]}, {"o": found[1]})
     actual, expected = (gradients({"o": o}, leaves) for o in found)
     assert_gradients(actual, expected)
@@ -457,7 +457,7 @@ def test_what_lies_behind_an_open_chunk_has_no_gradient(T):
 
 
 def test_a_state_is_read_by_sequences_of_any_length():
-    """Long and short side by side, in any order: outputs and gradients are those of each alone."""
+    """Long and short ones together, in any order: outputs and gradients are those of each alone."""
     lengths = (3, 600, 0, 40)
     make = {"H": 2, "D": 4, "hidden": 6, "depth": 2}
     _, state = neural_memory(

@@ -1,4 +1,4 @@
-"""`TitansPytorchMemory` beside the module of titans-pytorch whose place it takes."""
+"""`TitansPytorchMemory` and the module of titans-pytorch that it replaces."""
 
 import copy
 import inspect
@@ -192,15 +192,15 @@ def test_what_is_stored_need_not_be_what_is_asked():
     pair, x, other = _pair(heads=2, dim_head=4), _tokens(2, 9, 8), _tokens(2, 9, 8, seed=3)
     inputs = {"seq": x, "store_seq": other}
     _agree(*pair, lambda memory: [memory(x, store_seq=other)[0]], inputs)
-    # One token asks for all that nine have taught; then goes on.
+    # One query after nine tokens were stored; then the sequence continues.
     one = x[:, :1]
 
-    def ask(memory):
+    def retrieve(memory):
         first, state = memory(one, store_seq=other)
         second, _ = memory(one, store_seq=other[:, :3], state=state)
         return [first, second]
 
-    _agree(*pair, ask, inputs)
+    _agree(*pair, retrieve, inputs)
     state = pair[1](one, store_seq=other)[1]
     assert state.seq_index == 9
     assert pair[1](one, store_seq=other[:, :3], state=state)[1].seq_index == 12

@@ -1,4 +1,4 @@
-"""`TitansTNT`: the states of its memories, cuts beside every border, other chunks, other blocks."""
+"""`TitansTNT`: the states of its memories, cuts at every border, other chunks, other blocks."""
 
 import dataclasses
 
@@ -101,7 +101,7 @@ def test_what_is_recalled_is_what_all_memories_know():
     projected = torch.einsum("nhij,nthj->nthi", P, q)
     for part, one in zip(memory.local, state.local, strict=True):
         want = want + reference.retrieve(projected, one, norm=part._norm(), **form)
-    assert_close("recalled", memory._ask(q, state, None), want, 1e-11)
+    assert_close("recalled", memory._read_state(q, state, None), want, 1e-11)
     out, after = memory.recall(x, state)
     assert out.shape == x.shape
     assert all(map(torch.equal, _states(after), _states(state)))

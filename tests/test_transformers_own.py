@@ -1,4 +1,4 @@
-"""transformers' own tests of a model, asked of every variant of ours."""
+"""transformers' own tests of a model, run on every variant of ours."""
 
 import contextlib
 import fnmatch
@@ -20,9 +20,9 @@ if not transformers_own.FOLDER:
     pytest.skip("TRANSFORMERS_TESTS is not set: see transformers_own", allow_module_level=True)
 theirs = transformers_own.load()
 
-# Which of their tests a Titans model is not asked, and why. What a machine lacks, a GPU or a
+# Which of their tests do not apply to a Titans model, and why. What a machine lacks, a GPU or a
 # library, the tests that need it say themselves.
-NOT_ASKED = {
+NOT_APPLICABLE = {
     "it shows no attention weights": ["test_attention_outputs"],
     "its attention has one implementation": [
         *("test_attn_implementation_composite_models", "test_can_set_attention_dynamically"),
@@ -59,12 +59,12 @@ NOT_ASKED = {
     ],
 }
 if "GenerationTesterMixin" in transformers_own.absent():
-    NOT_ASKED["the tests of generation are not here"] = ["test_generation_tester_mixin_inheritance"]
+    NOT_APPLICABLE["no tests of generation here"] = ["test_generation_tester_mixin_inheritance"]
 NAMES = [name for name in vars(theirs.ModelTesterMixin) if name.startswith("test_")]
 
 
 class _Own(theirs.ModelTesterMixin, theirs.GenerationTesterMixin):
-    """They ask `model_tester` for inputs and sizes, which is this class too."""
+    """They take inputs and sizes from `model_tester`, which is this class too."""
 
     all_model_classes = TitansModel, TitansForCausalLM
     base_model_class, causal_lm_class = all_model_classes
@@ -102,10 +102,10 @@ class _Own(theirs.ModelTesterMixin, theirs.GenerationTesterMixin):
             assert all(len(x) == batch_size for x in pytree.tree_leaves(layer.state))
 
 
-def _asked(name):
-    """Their test, which either applies or is listed in NOT_ASKED."""
+def _applied(name):
+    """Their test, which either applies or is listed in NOT_APPLICABLE."""
     method = getattr(_Own, name)
-    for why, patterns in NOT_ASKED.items():
+    for why, patterns in NOT_APPLICABLE.items():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             return unittest.skip(why)(method)
 
@@ -114,18 +114,18 @@ def _asked(name):
         try:
             method(self, *args, **kwargs)
         except unittest.SkipTest as skipped:
-            self.fail(f"NOT_ASKED does not list it: {skipped}")
+            self.fail(f"NOT_APPLICABLE does not list it: {skipped}")
 
     return test
 
 
 for _variant in VARIANTS:
-    _tests = {_name: _asked(_name) for _name in NAMES if callable(getattr(_Own, _name))}
+    _tests = {_name: _applied(_name) for _name in NAMES if callable(getattr(_Own, _name))}
     _class = f"TestOwn{_variant.upper()}"
     globals()[_class] = type(_class, (_Own, unittest.TestCase), _tests | {"variant": _variant})
 
 
 def test_the_list_is_of_their_tests():
-    for why, patterns in NOT_ASKED.items():
+    for why, patterns in NOT_APPLICABLE.items():
         for pattern in patterns:
             assert fnmatch.filter(NAMES, pattern), f"{why}: {pattern}"

@@ -1,4 +1,4 @@
-"""The tests that transformers asks of every model of its own, from where they are unpacked.
+"""The tests that transformers runs on each of its own models, from where they are unpacked.
 
 No wheel holds them. Its source distribution has those of models, which `make test` unpacks; a
 checkout has those of generation and export too.

@@ -19,7 +19,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 def choose(backend: str, tokens: Tensor, matrices: Sequence[Tensor], read: str = "token") -> str:
     """ "torch", "triton" or "auto", for tokens [M, H, D] and matrices [N, H, d_in, d_out].
 
-    One that is named never falls back to another. "auto" stays only where Triton covers the case:
+    One that is named never falls back to another. "auto" is kept only where Triton covers the case:
     whether it has passed its check is for the op to find out, which is never traced.
     """
     checks.choice("backend", backend, checks.BACKENDS)
@@ -34,7 +34,7 @@ def choose(backend: str, tokens: Tensor, matrices: Sequence[Tensor], read: str =
 
 
 def _uncovered(tokens: Tensor, matrices: Sequence[Tensor]) -> str | None:
-    """What the Triton kernels take that a case is not; None if they cover it."""
+    """Why the Triton kernels do not cover a case, as what they take; None if they cover it."""
     D, hidden = tokens.shape[2], [w.shape[-1] for w in matrices[:-1]]
     device = tokens.device
     oldest = ".".join(map(str, OLDEST_TRITON))

@@ -31,7 +31,7 @@ def no_weight_decay(model: nn.Module) -> set[str]:
     """The names of the parameters that weight decay must not shrink.
 
     These are the gates' biases, the scales and shifts of normalisations, and the gate of a memory
-    beside attention. Decay would pull a normalisation's scale from where it starts to 0.
+    next to attention. Decay would pull a normalisation's scale from where it starts to 0.
 
     Args:
         model (nn.Module): any model, with Titans layers or without; also deep copied, sharded by

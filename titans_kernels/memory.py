@@ -96,7 +96,7 @@ def neural_memory(
             Before every token at a position that is a multiple of it, counted from the start of
             its sequence, the memory returns to `weights` and its momentum to zero, and chunks are
             counted from there: the local memories of TNT. What lies between two resets, a shard,
-            depends on nothing before it, and all of them are computed side by side. `weights` has
+            depends on nothing before it, and all of them are computed in parallel. `weights` has
             the gradient of every shard that starts with it. Default: None, no resets.
         backend (str):
             "torch", "triton" or "auto". One that is named never falls back to another. "auto" is
@@ -117,14 +117,14 @@ def neural_memory(
     the user's cache folder (~/.cache/titans_kernels on Linux). What fails gives one RuntimeWarning,
     and PyTorch runs. `warmup` checks ahead; before the capture of a CUDA graph that is necessary.
     TITANS_KERNELS_AUTO=triton leaves the check out, =torch makes "auto" PyTorch, =check is the
-    default. The logger "titans_kernels" tells at level INFO what runs and why.
+    default. The logger "titans_kernels" reports at level INFO what runs and why.
 
     For gradients it keeps W and S of every 2,048th token of a sequence (Triton) or every 256th to
     512th (PyTorch), which is 128 or at most 1,024 bytes a token and head at D 64 and hidden 256,
     and recomputes what lies between, so many tokens at a time.
 
     `torch.compile(fullgraph=True)` and `torch.export` take it, once for all lengths; cu_seqlens is
-    not looked at there. ONNX has no form of it: `torch.onnx.export` refuses it. Under autocast it
+    not looked at there. `torch.onnx.export` does not support it and raises. Under autocast it
     computes as outside. Checkpointing takes `use_reentrant=False`: the other kind drops gradients
     that flow through the state alone. The PyTorch backend has derivatives of any order, in forward
     mode too, and takes the transforms of `torch.func`; Triton's refuses both.
@@ -268,7 +268,7 @@ def _after_tail(
     options: Options,
     backend: str,
 ) -> list[Tensor]:
-    """The weights after a state's last token, those of the open chunk learned too."""
+    """The weights after a state's last token, the open chunk's updates included."""
     packed, C = pack_open_chunks(state, norm), state.chunk_size
     chosen = choose(backend, packed.k, packed.weights)
     _, final = ops.neural_memory(packed, chosen, options, C, C, True)

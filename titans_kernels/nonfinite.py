@@ -3,7 +3,7 @@
 The definition is causal: a non-finite k, v or gate of token t makes the weights from t on
 non-finite, and with them the outputs, the final state and the gradients. Backends compute blocks of
 tokens by masked products, in which 0 * NaN would carry it back to earlier tokens. So they are given
-finite inputs, with zeros in the place of such tokens, and the results that depend on one are
+finite inputs, with zeros in place of such tokens, and the results that depend on one are
 overwritten by NaN. This costs no comparison inside the kernels, and is the same for every backend.
 A query reaches its own output alone anyway, as each row of a product stands by itself.
 """

@@ -75,7 +75,7 @@ def _dense(x: Tensor) -> Tensor:
 def _transformed(tensors: Sequence[Tensor], backend: str) -> bool:
     """Whether to compute by PyTorch's own operations, which every transformation goes through.
 
-    A custom op drops the tangents of forward-mode differentiation without a word, and `torch.func`
+    A custom op drops the tangents of forward-mode differentiation silently, and `torch.func`
     does not go through its backward.
     """
     if not transforming():

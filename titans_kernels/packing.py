@@ -57,7 +57,7 @@ class Packed(NamedTuple):
         return [self.q, *self.tokens(), *self.weights, *self.momentum, *norm]
 
     def like(self, tensors: list[Tensor]) -> Packed:
-        """The same with others in the place of what is differentiable."""
+        """The same with others in place of what is differentiable."""
         q, k, v, theta, alpha, eta = tensors[:6]
         weights, momentum = _halves(tensors[6 : 6 + 2 * len(self.weights)])
         norm = None if self.norm is None else tensors[-1]
@@ -74,7 +74,7 @@ class Packed(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Queries of N sequences, sequence n at `cu[n]` to `cu[n + 1]`, and the weights they meet."""
+    """Queries of N sequences, sequence n at `cu[n]` to `cu[n + 1]`, and the weights they read."""
 
     q: Tensor  # [M, H, D]
     weights: list[Tensor]  # per layer [N, H, d_in, d_out], of the dtype that sums have
@@ -86,7 +86,7 @@ class Reading(NamedTuple):
         return [self.q, *self.weights, *([] if self.norm is None else [self.norm])]
 
     def like(self, tensors: list[Tensor]) -> Reading:
-        """The same with others in the place of what is differentiable."""
+        """The same with others in place of what is differentiable."""
         norm = None if self.norm is None else tensors[-1]
         return Reading(tensors[0], tensors[1 : 1 + len(self.weights)], norm, self.cu)
 

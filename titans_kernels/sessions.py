@@ -9,8 +9,8 @@ model, or of a host with Titans layers, keys and values of its attention include
     out, state = layer(more, state)           # or: model.generate(more, past_key_values=cache)
 
 `move`, `clone` and `detach` take all of these; states have `.to`, `.clone` and `.detach` of their
-own. A host takes from its mask how much it has read: `model.generate(more, past_key_values=cache,
-attention_mask=torch.ones(B, cache.get_seq_length() + more.shape[1]))`.
+own. A host infers from its mask how many tokens it has read: `model.generate(more,
+past_key_values=cache, attention_mask=torch.ones(B, cache.get_seq_length() + more.shape[1]))`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def save_session(session: Any, file: str | os.PathLike[str] | IO[bytes]) -> None:
-    """Write a session to disk, cut off from the graph.
+    """Write a session to disk, detached from the graph.
 
     Args:
         session: a state, a cache of transformers, or lists, tuples and dicts of these.
@@ -91,7 +91,7 @@ def clone(session: T) -> T:
 
 
 def detach(session: T) -> T:
-    """The same values, cut off from the graph: truncated backpropagation."""
+    """The same values, detached from the graph: truncated backpropagation."""
     return _mapped(session, Tensor.detach)
 
 

@@ -1,7 +1,7 @@
-"""Resets: a sequence as shards, each a sequence of its own, so that backends run them side by side.
+"""Resets: a sequence as shards, each a sequence of its own, so that backends run them in parallel.
 
 A shard holds the tokens between two resets. Shards of a sequence follow one another in the packed
-rows, so sharding moves no token: only the bounds are other ones. Plain PyTorch, nothing waits for a
+rows, so sharding moves no token: only the bounds change. Plain PyTorch, nothing waits for a
 GPU: there the number of shards is a bound, and those too many are empty.
 """
 

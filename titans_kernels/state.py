@@ -38,7 +38,7 @@ class State:
         return self.map(Tensor.clone)
 
     def detach(self) -> Self:
-        """The same values, cut off from the graph: truncated backpropagation."""
+        """The same values, detached from the graph: truncated backpropagation."""
         return self.map(Tensor.detach)
 
     def index_select(self, sequences: Tensor) -> Self:
@@ -92,7 +92,7 @@ class MemoryState(State):
     """The memory of N sequences after any number of tokens.
 
     `weights` and `momentum` stand at the last whole chunk. The tokens since then, the open chunk,
-    are kept beside them, so that a sequence may be cut anywhere and continues exactly as if it had
+    are kept next to them, so that a sequence may be cut anywhere and continues exactly as if it had
     not been. States may share tensors: make new ones, do not write into them. A pytree:
     `torch.utils._pytree.tree_map` reaches every tensor; `torch.load` takes it with
     `weights_only=True`.

@@ -190,7 +190,7 @@ def measure(run: Run, ops: Operators, x: Arguments, dtype: torch.dtype) -> Measu
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the table. Instead of errors it may have a `problem`, why nothing came out."""
+    """One row of the table. Instead of errors it may have a `problem`, why there are none."""
 
     case: Case
     dtype: torch.dtype
@@ -255,7 +255,7 @@ def _compare(
 
 
 def _import_reference() -> ModuleType:
-    """The reference: part of an installed package, a folder beside it in a plain checkout."""
+    """The reference: part of an installed package, a folder next to it in a plain checkout."""
     try:
         return importlib.import_module("titans_kernels.reference")
     except ModuleNotFoundError as error:

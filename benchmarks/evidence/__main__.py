@@ -23,7 +23,7 @@ from .training import SCHEDULES, run
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.evidence",
-        description="Train small models on recall tasks, ask them by length, record the answers.",
+        description="Train small models on recall tasks, record their accuracy by length.",
     )
     parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--model", nargs="+", choices=list(KINDS), help="only these (default: all)")

@@ -100,7 +100,7 @@ KINDS = {
         ),
         Kind(
             "tnt",
-            "TitansTNT: the same memory in chunks of 32, beside one in chunks of 8, reset every 64",
+            "TitansTNT: the same memory in chunks of 32, and one in chunks of 8, reset every 64",
             _tnt,
         ),
         Kind(
@@ -134,7 +134,7 @@ ABLATIONS = ("eta = 0", "alpha = 0", "depth 1", "not onto keys", "no conv", "the
 
 
 class Block(nn.Module):
-    """A mixer and an MLP, each beside a residual."""
+    """A mixer and an MLP, each with a residual."""
 
     def __init__(self, mixer: nn.Module, hidden: int) -> None:
         super().__init__()

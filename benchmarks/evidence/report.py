@@ -1,4 +1,4 @@
-"""What came out: JSON, Markdown and a picture."""
+"""Results: JSON, Markdown and a picture."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Report:
         self.schedules[run.task] = schedule
 
     def write(self, path: Path) -> list[Path]:
-        """The record, and beside it what can be made of it."""
+        """The record, and the pages and pictures made of it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.record(), indent=1) + "\n", encoding="utf-8")
         text = path.with_suffix(".md")
@@ -113,16 +113,17 @@ def markdown(report: Report) -> str:
         f"Models of {LAYERS} layers, width {DIM}, {HEADS} heads, whose MLPs make them the same "
         f"size. Vocabulary: {KEYS} keys, {VALUES} values, {FILLER} fillers; chance knows the "
         f"values and is right in 1 of {VALUES}. A cell is the mean over seeds of the share of "
-        "questions answered, and in parentheses the worst and the best seed.",
+        "questions answered correctly, and in parentheses the worst and the best seed.",
     ]
     for name in report.tasks:
         lines += ["", f"## {name}", "", _task_line(report, name), ""]
-        asked = TASKS[name].asked
-        lines.append("| model | what | parameters | seeds | " + " | ".join(map(str, asked)) + " |")
-        lines.append("|:--|:--|--:|--:|" + "--:|" * len(asked))
+        lengths = TASKS[name].evaluated
+        head = ["model", "what", "parameters", "seeds", *map(str, lengths)]
+        lines.append("| " + " | ".join(head) + " |")
+        lines.append("|:--|:--|--:|--:|" + "--:|" * len(lengths))
         for kind in report.kinds:
             if runs := report.of(name, kind):
-                cells = [_cell([run.accuracy[length] for run in runs]) for length in asked]
+                cells = [_cell([run.accuracy[length] for run in runs]) for length in lengths]
                 size = f"{runs[0].parameters:,} | {len(runs)}"
                 lines.append(f"| {kind} | {KINDS[kind].what} | {size} | {' | '.join(cells)} |")
     lines += ["", "## Loss in training", "", "Nats a question, every tenth of the steps.", ""]
@@ -146,8 +147,8 @@ def _task_line(report: Report, name: str) -> str:
     return (
         f"{task.pairs} pair(s) and {task.questions} questions: {where}, among filler. "
         f"Trained on texts of {trained} tokens: {schedule.steps} steps of {schedule.tokens:,} "
-        f"tokens, AdamW, learning rate {schedule.rate:g}. Asked: {schedule.asked} texts of every "
-        "length."
+        f"tokens, AdamW, learning rate {schedule.rate:g}. Evaluation: {schedule.evaluation} texts "
+        "of every length."
     )
 
 
@@ -177,7 +178,7 @@ def draw(report: Report, path: Path) -> Path:
         for kind in kinds:
             colour, line = STYLES[kind]
             runs = report.of(task, kind)
-            lengths = TASKS[task].asked
+            lengths = TASKS[task].evaluated
             by_length = [[run.accuracy[length] for run in runs] for length in lengths]
             axis.plot(lengths, [mean(x) for x in by_length], line, color=colour, label=kind, ms=4)
             if len(runs) > 1:
@@ -185,7 +186,7 @@ def draw(report: Report, path: Path) -> Path:
                 axis.fill_between(lengths, low, high, color=colour, alpha=0.12, linewidth=0)
         axis.axvline(max(TASKS[task].lengths), color=style.GREY, linewidth=1, linestyle=":")
         axis.set_xscale("log", base=2)
-        axis.set_xticks(TASKS[task].asked, [str(length) for length in TASKS[task].asked])
+        axis.set_xticks(TASKS[task].evaluated, [str(length) for length in TASKS[task].evaluated])
         axis.set(title=title, xlabel="tokens (dotted: the longest in training)", ylim=(0, 1.03))
         axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axis.grid(alpha=0.3)

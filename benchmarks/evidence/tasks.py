@@ -1,9 +1,9 @@
-"""Texts whose answers stand in them: associative recall, and a needle.
+"""Synthetic recall tasks: associative recall (MQAR), and a needle.
 
 A text is pairs of a key and its value, filler, and questions: a key again, where the model has to
-say the value. The keys of a text are distinct, values are drawn anew for every text, and an answer
-is never part of the text at a question: only the pair gives it away. Keys, values and filler are
-tokens of their own.
+predict the value. The keys of a text are distinct, values are drawn anew for every text, and the
+target is not part of the text at a question: only the pair gives it away. Keys, values and filler
+are disjoint sets of tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 KEYS, VALUES, FILLER = 16, 16, 16
 VOCABULARY = KEYS + VALUES + FILLER
-NO_ANSWER = -100  # what cross_entropy ignores
+IGNORED = -100  # what cross_entropy ignores
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Task:
         spread (bool): pairs stand first and questions anywhere behind them (MQAR, as in Zoology);
             else the pairs stand anywhere in the first eighth, and the last tokens are questions.
         lengths (tuple[int, ...]): of texts in training, taken in turns.
-        asked (tuple[int, ...]): of texts in the evaluation.
+        evaluated (tuple[int, ...]): of texts in the evaluation.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Task:
     questions: int
     spread: bool
     lengths: tuple[int, ...]
-    asked: tuple[int, ...]
+    evaluated: tuple[int, ...]
 
     @property
     def shortest(self) -> int:
@@ -54,7 +54,7 @@ TASKS = {
 
 
 def texts(task: Task, n: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """n texts: (tokens [n, length], answers [n, length], NO_ANSWER but at the questions)."""
+    """n texts: (tokens [n, length], targets [n, length], IGNORED but at the questions)."""
     if length < (takes := task.shortest if task.spread else 16 * task.pairs + task.questions):
         raise ValueError(f"length: got {length}, takes at least {takes} in task {task.name}")
 
@@ -68,18 +68,18 @@ def texts(task: Task, n: int, length: int, generator: torch.Generator) -> tuple[
     keys = choose(task.pairs, KEYS)
     values = KEYS + draw(VALUES, n, task.pairs)
     tokens = KEYS + VALUES + draw(FILLER, n, length)
-    answers = torch.full((n, length), NO_ANSWER)
+    targets = torch.full((n, length), IGNORED)
 
     behind = 2 * task.pairs
     if task.spread:
         where = torch.arange(0, behind, 2).expand(n, -1)
-        asked = behind + choose(task.questions, length - behind)
+        places = behind + choose(task.questions, length - behind)
     else:
         where = 2 * choose(task.pairs, length // 16)
-        asked = torch.arange(length - task.questions, length).expand(n, -1)
+        places = torch.arange(length - task.questions, length).expand(n, -1)
     tokens.scatter_(1, where, keys)
     tokens.scatter_(1, where + 1, values)
     which = draw(task.pairs, n, task.questions)
-    tokens.scatter_(1, asked, keys.gather(1, which))
-    answers.scatter_(1, asked, values.gather(1, which))
-    return tokens, answers
+    tokens.scatter_(1, places, keys.gather(1, which))
+    targets.scatter_(1, places, values.gather(1, which))
+    return tokens, targets

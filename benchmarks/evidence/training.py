@@ -1,4 +1,4 @@
-"""Train a model on a task, ask it by length."""
+"""Train a model on a task, evaluate it by length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .models import Model
-from .tasks import NO_ANSWER, VOCABULARY, Task, texts
+from .tasks import IGNORED, VOCABULARY, Task, texts
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Schedule:
     tokens: int = 1024  # of a step
     rate: float = 5e-3
     warm_up: int = 20
-    asked: int = 128  # texts of every length in the evaluation
+    evaluation: int = 128  # texts of every length in the evaluation
 
 
 SCHEDULES = {"mqar": Schedule(800), "needle": Schedule(400)}
@@ -30,7 +30,7 @@ SCHEDULES = {"mqar": Schedule(800), "needle": Schedule(400)}
 
 @dataclass
 class Run:
-    """A model that was trained and asked; all that is recorded of it."""
+    """A model that was trained and evaluated; all that is recorded of it."""
 
     task: str
     model: str
@@ -49,9 +49,9 @@ class Run:
         return cls(**{**record, "accuracy": accuracy})
 
 
-def loss_of(model: nn.Module, tokens: Tensor, answers: Tensor) -> Tensor:
+def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
     """Nats a question."""
-    return F.cross_entropy(model(tokens).flatten(0, 1), answers.flatten(), ignore_index=NO_ANSWER)
+    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
 def optimizer_of(model: nn.Module, rate: float) -> torch.optim.AdamW:
@@ -69,13 +69,13 @@ def run(task: Task, kind: str, seed: int, schedule: Schedule) -> Run:
     for step in range(schedule.steps):
         length = task.lengths[step % len(task.lengths)]
         # Every text has all its pairs. Among fewer, any of the values is often the right one: a
-        # model learns first to ask for them all with one query, and is slow to unlearn that.
-        tokens, answers = texts(task, schedule.tokens // length, length, generator)
+        # model learns first to retrieve them all with one query, and is slow to unlearn that.
+        tokens, targets = texts(task, schedule.tokens // length, length, generator)
         # Warm up, then down to a tenth in a line.
         left = 1 - 0.9 * step / schedule.steps
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate * min(1, (step + 1) / schedule.warm_up) * left
-        loss = loss_of(model, tokens, answers)
+        loss = loss_of(model, tokens, targets)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -89,20 +89,20 @@ def run(task: Task, kind: str, seed: int, schedule: Schedule) -> Run:
         kind,
         seed,
         sum(p.numel() for p in model.parameters()),
-        {length: ask(model, task, length, schedule) for length in task.asked},
+        {length: evaluate(model, task, length, schedule) for length in task.evaluated},
         [round(sum(part) / len(part), 4) for part in parts],
         round(seconds, 1),
     )
 
 
 @torch.no_grad()
-def ask(model: nn.Module, task: Task, length: int, schedule: Schedule) -> float:
-    """The share of questions answered, of texts that no training has seen."""
+def evaluate(model: nn.Module, task: Task, length: int, schedule: Schedule) -> float:
+    """The share of questions answered correctly, on texts unseen in training."""
     generator = torch.Generator().manual_seed(10_000 + length)
     right = total = 0
-    for _ in range(0, schedule.asked, 32):
-        tokens, answers = texts(task, min(32, schedule.asked), length, generator)
-        asked = answers != NO_ANSWER
-        right += int((model(tokens).argmax(-1) == answers)[asked].sum())
-        total += int(asked.sum())
+    for _ in range(0, schedule.evaluation, 32):
+        tokens, targets = texts(task, min(32, schedule.evaluation), length, generator)
+        questions = targets != IGNORED
+        right += int((model(tokens).argmax(-1) == targets)[questions].sum())
+        total += int(questions.sum())
     return right / total

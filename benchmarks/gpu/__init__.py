@@ -5,7 +5,7 @@ is known:
 
     first       at most a minute: outputs, gradients and decoding at D 64 on poisoned memory, then
                 every kernel's time for a short list of tiles, compiled beforehand on all cores
-    bench       the machine's own ceilings; the headline: ours beside the peers that import
+    bench       the machine's own ceilings; the headline: ours and the peers that import
     tiles       every shipped tile on poisoned memory; the same bits again on a full GPU
     tune        tiles, from the one that ships downhill
     ncu         Nsight Compute on scan and scan_backward, where the tool is there

@@ -1,4 +1,4 @@
-"""What stages are made of: steps, the budget, and programs that run beside."""
+"""What stages are made of: steps, the budget, and subprocesses."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def work(kit: Kit, stages: dict[str, Stage]) -> int:
 def blame(journal: Journal, stages: Iterable[str]) -> None:
     """The step in flight has taken its process along, or does not end: one attempt less.
 
-    A kit that is killed as a whole blames nobody: that says nothing about the step.
+    If the whole kit is killed, no step is blamed: that says nothing about the step.
     """
     for stage in stages:
         for step, row in journal.stage(stage).items():

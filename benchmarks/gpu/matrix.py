@@ -1,4 +1,4 @@
-"""What is timed on a GPU, and beside whom: the cases of the CPU, on the kernels, and more peers."""
+"""What is timed on a GPU: the cases of the CPU, on the kernels, and more peers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def cases(rehearse: bool = False) -> tuple[Case, ...]:
     cpu = {case.name: case for case in CASES}
     operator, reading, layer, decode = (cpu[n] for n in ("operator", "retrieve", "layer", "decode"))
     flop = {OURS: forward_flop, "SDPA causal": attention_flop}
-    # The reference would take hours at these sizes. The tests hold our own backend to it.
+    # The reference would take hours at these sizes. The tests compare our own backend with it.
     build = providers.our_operator
     ours = {"definition": build, "flop": flop}
     found = (
@@ -97,6 +97,6 @@ def _peers(case: Case) -> dict[str, Builder]:
 
 
 def _ours(case: Case, build: Builder, others: dict[str, Builder], **changes: Any) -> Case:
-    """On the kernels, first beside our other backend."""
+    """On the kernels, first next to our other backend."""
     kernels = partial(build, backend="triton")
     return replace(case, providers={OURS: kernels, TORCH: build, **others}, **changes)

@@ -119,7 +119,7 @@ def verify(kit: Kit) -> Steps:
 
 
 def bench(kit: Kit) -> Steps:
-    """The machine's own ceilings, then the headline: ours beside attention and other peers."""
+    """The machine's own ceilings, then the headline: ours, attention and other peers."""
 
     def machine() -> Row:
         found = asdict(describe(1, 64 if kit.rehearse else 8192, kit.device))
@@ -138,7 +138,7 @@ HEADLINE = ("operator", "decode", "layer")
 
 
 def _timed(kit: Kit, chosen: list[Case]) -> Steps:
-    """Ours beside its peers, a step a case, mode and shape."""
+    """Ours and its peers, a step a case, mode and shape."""
     row = kit.journal.get("bench", "machine")
     if row is None or "machine" not in row:
         return

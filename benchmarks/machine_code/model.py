@@ -203,7 +203,7 @@ def tnt(shape: Shape, mode: str = FORWARD, size: int = 2048) -> tuple[float, flo
 def beside_tnt() -> list[str]:
     """A row for each mode and batch: what chunks that wait for each other cost, and shards."""
     head = ("B x H x D", "T", "chunk", "mode", "Titans ms", "local ms", "global ms", "TNT is")
-    rows = ["", "TNT, with resets and a global chunk of 2,048, beside Titans"]
+    rows = ["", "TNT, with resets and a global chunk of 2,048, and Titans"]
     rows.append(" ".join(f"{x:>12}" for x in head))
     for mode, B, chunk in product(COLUMNS, (1, 8), (16, 64)):
         shape = Shape(32768, chunk, B, 16, 64)
@@ -241,7 +241,7 @@ COLUMNS = {
 
 
 def table(results: Path, mode: str = FORWARD) -> list[str]:
-    """Predictions over T, batch and chunk, each beside its measurement if there is one."""
+    """Predictions over T, batch and chunk, each next to its measurement if there is one."""
     there = measured(results)
     columns = COLUMNS[mode]
     head = ("B x H x D", "T", "chunk", *columns, "sum ms", "measured ms")

@@ -3,7 +3,7 @@
 Goes down from the tile that ships, without gradients and with: one field after another takes its
 other values, and the fastest tile so far goes on. Every tile is first checked, on poisoned memory,
 against the PyTorch backend in float64; one that does not compile, does not fit or is wrong is
-written down as such and left. The values of a field are compiled side by side before they are
+written down as such and left. The values of a field are compiled in parallel before they are
 timed. What was measured stands in a file, a line each, and is not measured again: stop it and start
 it anew.
 
@@ -111,7 +111,7 @@ def fewer(setting: Setting) -> Setting:
 
 
 def compile_ahead(setting: Setting, candidates: Sequence[Tile]) -> dict[str, Any]:
-    """Put into Triton's cache what measuring will launch, in processes side by side."""
+    """Put into Triton's cache what measuring will launch, in parallel processes."""
     return compile_all([(setting, tile) for tile in candidates])
 
 

@@ -32,7 +32,7 @@ def _on_gpu(run: dict[str, Any]) -> bool:
 
 
 def table(path: Path) -> list[str]:
-    """Ours and everyone beside us, a line a case, mode and size; ratios of times."""
+    """Ours and the peers, a line a case, mode and size; ratios of times."""
     run = json.loads(path.read_text(encoding="utf-8"))
     machine = run["machine"]
     rows = [Row.from_record(row) for row in run["rows"]]
@@ -43,7 +43,7 @@ def table(path: Path) -> list[str]:
     for ours in timed:
         if ours.provider != OURS:
             continue
-        beside = {
+        ratios = {
             row.provider: row.time_ratio
             for row in timed
             if (row.case, row.shape, row.mode) == (ours.case, ours.shape, ours.mode)
@@ -51,7 +51,7 @@ def table(path: Path) -> list[str]:
         shape, ms = ours.shape, 1e3 * (ours.median_s or 0)
         cells = [f"{ours.case}, {ours.mode}", f"{shape.B} x {shape.H} x {shape.D}"]
         cells += [f"{shape.T:,}", str(shape.chunk), f"{ms:.3g} ms"]
-        cells += [f"{beside[x]:.3g}x" if beside.get(x) else "" for x in others]
+        cells += [f"{ratios[x]:.3g}x" if ratios.get(x) else "" for x in others]
         lines.append("| " + " | ".join(cells) + " |")
     return [
         *lines,

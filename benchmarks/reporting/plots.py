@@ -23,7 +23,7 @@ OVER_LENGTH = {"operator": "operator", "long": "operator", "layer": "layer", "la
 
 
 def draw(record: Path) -> list[Path]:
-    """By length, by chunk size and beside peers: the pictures that there are rows for."""
+    """By length, by chunk size and with peers: the pictures that there are rows for."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -69,7 +69,7 @@ def _over_length(rows: list[Row], label: str, value: Callable[[Row], float]) -> 
     looks = _looks(rows)
     for axis, mode in zip(axes[0], modes, strict=True):
         for name, look in looks.items():
-            # A peer that is beside several chunks of ours has a row beside each.
+            # A peer that several chunks of ours are compared with has a row for each.
             found = [row for row in reversed(rows) if row.mode == mode and _series(row) == name]
             points = {row.shape.T: value(row) for row in found}
             if points:

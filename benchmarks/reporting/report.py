@@ -1,4 +1,4 @@
-"""What came out: an aligned table, Markdown and JSON."""
+"""Results: an aligned table, Markdown and JSON."""
 
 from __future__ import annotations
 

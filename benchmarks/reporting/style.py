@@ -1,5 +1,5 @@
 """How pictures look: dark on white, colours that colour-blind readers tell apart (Okabe and Ito),
-markers beside colours, legends outside the axes, and below what was measured where."""
+markers as well as colours, legends outside the axes, and below what was measured where."""
 
 from __future__ import annotations
 

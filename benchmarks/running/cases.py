@@ -78,8 +78,7 @@ TINY = Shape(T=64, H=2, D=16)
 
 OPERATOR = Case(
     "operator",
-    "The operator, beside causal softmax attention on the same q, k and v: another model, "
-    "for scale.",
+    "The operator and causal softmax attention on the same q, k and v: another model, for scale.",
     providers.operator_inputs,
     providers.defined_operator,
     {OURS: providers.our_operator, "SDPA causal": providers.attention},
@@ -92,7 +91,7 @@ ALONE = replace(OPERATOR, providers={OURS: providers.our_operator}, flop={OURS: 
 CASES = (
     Case(
         "layer",
-        "The whole layer, beside titans-pytorch as it comes (its own, cheaper semantics: gates and "
+        "The whole layer and titans-pytorch as it comes (its own, cheaper semantics: gates and "
         "updates once a chunk).",
         providers.layer_inputs,
         providers.defined_layer,
@@ -103,7 +102,7 @@ CASES = (
     ),
     Case(
         "layer-paper",
-        "The whole layer, beside titans-pytorch in the paper's form (chunk_size=1, batch_size=16), "
+        "The whole layer and titans-pytorch in the paper's form (chunk_size=1, batch_size=16), "
         "which is what ours computes.",
         providers.layer_inputs,
         providers.defined_layer,
@@ -150,8 +149,8 @@ CASES = (
     ),
     Case(
         "resets",
-        f"The operator, beside the same with reset_every={providers.RESET}, which reads the shards "
-        "of a sequence side by side: another model.",
+        f"The operator and the same with reset_every={providers.RESET}, which reads the shards "
+        "of a sequence in parallel: another model.",
         providers.operator_inputs,
         providers.defined_operator,
         {OURS: providers.our_operator, "with resets": providers.our_shards},

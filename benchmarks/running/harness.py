@@ -22,7 +22,7 @@ from .memory import peak_growth
 from .providers import Task, runner
 from .shapes import BOTH, FORWARD, Shape
 
-RESOLUTION = 2**20  # bytes; a peak below that says nothing beside another
+RESOLUTION = 2**20  # bytes; a peak below that is not compared with another
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def our_operator(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
 
 
 def our_shards(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
-    """The operator with resets: shards side by side."""
+    """The operator with resets: shards in parallel."""
 
     def call() -> Tensor:
         options = {"chunk_size": shape.chunk, "reset_every": RESET, "backend": backend}

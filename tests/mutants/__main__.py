@@ -22,7 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mutants", description=__doc__)
     parser.add_argument("--every", type=int, default=1, help="plant one fault in so many")
     parser.add_argument("--only", default="", help="those whose line has this text")
-    parser.add_argument("--processes", type=int, default=1, help="faults planted side by side")
+    parser.add_argument("--processes", type=int, default=1, help="faults planted in parallel")
     parser.add_argument("--unplanted", action="store_true", help="first see the tests green")
     options = parser.parse_args()
 

@@ -25,13 +25,13 @@ _POISON_OF_SIZE = {dtype.itemsize: pattern for dtype, pattern in _POISON.items()
 
 
 def poison(tensor: Tensor) -> None:
-    """Fill with a value that marks what nobody wrote: a NaN of its own, or a huge integer."""
+    """Fill with a value that marks what is uninitialised: a NaN of its own, or a huge integer."""
     if tensor.dtype in _POISON and tensor.numel() * tensor.itemsize <= POISON_LIMIT:
         _bits(tensor).fill_(_POISON[tensor.dtype])
 
 
 def poisoned(tensor: Tensor) -> int:
-    """How many elements nobody wrote."""
+    """How many elements are uninitialised."""
     if tensor.dtype not in _POISON or tensor.numel() * tensor.itemsize > POISON_LIMIT:
         return 0
     return int((_bits(tensor) == _POISON[tensor.dtype]).sum())
@@ -42,7 +42,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def is_poison(values: Array, floating: bool) -> Array:
-    """Which of some loaded values nobody wrote; small integers may be anything."""
+    """Which of some loaded values are uninitialised; small integers may be anything."""
     if values.dtype.itemsize < (2 if floating else 4):
         return np.zeros(values.shape, bool)
     bits = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
@@ -53,7 +53,7 @@ class Allocation:
     """One tensor's memory during one launch: the views that are arguments, and a shadow.
 
     The shadow holds an entry a unit, the smallest element of any argument in this memory: the
-    program that last stored there, when, and who loaded. Zero is nobody, so an entry that is not
+    program that last stored there, when, and who loaded. Zero is none, so an entry that is not
     touched costs no memory.
     """
 

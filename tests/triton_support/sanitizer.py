@@ -6,7 +6,7 @@
 raises `MemoryFault`, with the argument, the program and the kernel's line in the traceback, for
 
     bounds         an access outside the tensors, views included, that are arguments of the launch
-    uninitialised  a load of what nobody wrote since `torch.empty` (or one of its kin)
+    uninitialised  a load of what was not written since `torch.empty` (or one of its kin)
     unwritten      at the end: a tensor of `torch.empty`, an argument of a launch, that is not full
     race           programs of one launch that touch one element, one of them storing
     barrier        a program that loads what it stored with no `tl.debug_barrier()` in between: on a
@@ -16,7 +16,8 @@ raises `MemoryFault`, with the argument, the program and the kernel's line in th
 
 A seed runs the programs of every launch in an order of its own. `torch.empty` and its kin return
 poison while the context is open, and a masked-off lane of a float load without `other` is NaN.
-What nobody wrote is known by its bits: tensors of bytes, and any over 256 MiB, are not followed.
+Uninitialised memory is recognised by its bits: tensors of bytes, and any over 256 MiB, are not
+followed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Titans layers in models that others wrote, called as those models call theirs."""
+"""Titans layers in existing models, with the calling conventions of those models."""
 
 from .attention import TitansAttention
 from .loading import from_pretrained, restore

@@ -39,7 +39,7 @@ POSITIONS = frozenset(
         *("position_embeddings_local", "rotary_embeds"),
     }
 )
-# How to compute, or what to return beside the output; a memory has no weights of attention.
+# How to compute, or what to return with the output; a memory has no attention weights.
 COMPUTING = frozenset(
     {
         *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits"),
@@ -48,7 +48,7 @@ COMPUTING = frozenset(
         *("max_seqlen_k", "max_seq_len", "training", "deterministic", "average_attn_weights"),
     }
 )
-# What only attention can use. A memory beside it leaves this to it.
+# What only attention can use. A memory next to it ignores this.
 OF_ATTENTION = frozenset({"head_mask", "layer_head_mask", "shared_kv_states", "prev_topk_indices"})
 RESIDUAL = "residual"  # BLOOM's attention adds it to its output
 KNOWN = MASKS | CACHES | PACKED | PACKED_KEYS | OTHER_SEQUENCES | POSITIONS | COMPUTING | {RESIDUAL}
@@ -71,7 +71,7 @@ def understood(
     beside: bool = False,
     masks: frozenset[str] = MASKS,
 ) -> Told:
-    """What a memory reads of the arguments of a call beside its input.
+    """What a memory reads of the arguments of a call, other than its input.
 
     Args:
         arguments: by the names that the host knows them by.

@@ -31,7 +31,7 @@ class TitansAttention(nn.Module):
 
     Args:
         hidden_size (int): width of the model.
-        num_heads (int): memories side by side, and heads of the block's attention.
+        num_heads (int): heads of the memory and of the block's attention.
         variant (str): "mac", "mag", "mal", "lmm" or "tnt".
         layer_idx (int | None): where in a cache of transformers the state is kept; needed to use
             one.
@@ -130,7 +130,7 @@ class TitansAttention(nn.Module):
             whole = rows is None and told.mask.dim() == 2
             if not whole and (rows is None or not rows.packs(told.cu_seqlens)):
                 takes = "a mask of the same sequences, without padding, or None"
-                raise ValueError(f"attention_mask: beside cu_seqlens it takes {takes}")
+                raise ValueError(f"attention_mask: together with cu_seqlens it takes {takes}")
         return None
 
     def _in_own_dtype(self, x: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class InHost(TitansAttention):
     defaults: dict[str, Any] = _NO_DEFAULTS
     takes_masks = MASKS
     hiding: frozenset[str] = frozenset()  # boolean masks of which True is hidden, as MPT's
-    form: Form = ("", "")  # what is returned beside the output; None: the output alone
+    form: Form = ("", "")  # what is returned with the output; None: the output alone
 
     def forward(self, *args: Any, **named: Any) -> Any:
         if len(args) > len(self.names):
@@ -243,7 +243,7 @@ def _same(other: Tensor, query: Tensor) -> bool:
 
 
 def gated(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """A forward hook: the output of attention plus that of the memory beside it."""
+    """A forward hook: the output of attention plus that of the memory."""
     found = module.titans(*args, **kwargs)  # type: ignore[operator]
     found = found[0] if isinstance(found, tuple) else found
     if isinstance(output, tuple):

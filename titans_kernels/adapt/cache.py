@@ -1,7 +1,7 @@
 """States in the caches of Hugging Face transformers: as large after a million tokens as after one.
 
 A cache is a list of layers. A Titans layer that takes the place of attention takes the place of its
-layer there; one beside attention has a layer of its own behind all others. So whatever a cache does
+layer there; one next to attention has a layer of its own after all others. So whatever a cache does
 to its layers, reordering for beam search above all, reaches the states too.
 """
 
@@ -28,13 +28,13 @@ class MemoryLayer(CacheLayerMixin):
     def __init__(self, beside: int | None = None) -> None:
         super().__init__()
         self.fixed = False  # whether the cache is as long as it will ever be, from the start
-        self.beside = beside  # the layer of attention that this one is beside of
+        self.beside = beside  # the layer of attention that this one is added to
         self.state: State | None = None
         self.seen = 0
 
     @property
     def keys(self) -> Any:
-        """Whisper takes caches apart into keys and values: a state would be lost without a word."""
+        """Whisper takes caches apart into keys and values: a state would be lost silently."""
         if self.state is None:
             return None
         raise AttributeError(
@@ -132,7 +132,7 @@ class TitansCache(Cache):
         return sessions.clone(self)
 
     def detach(self) -> TitansCache:
-        """The same states, cut off from the graph: truncated backpropagation."""
+        """The same states, detached from the graph: truncated backpropagation."""
         for layer in self.layers:
             layer.detach()
         return self
@@ -143,7 +143,7 @@ def memory_layer(cache: Any, index: int, beside: bool = False, others: int = 0) 
 
     Args:
         cache: a `DynamicCache`, `TitansCache` or any other that grows.
-        index: of the attention layer whose place it takes, or that it is beside of.
+        index: of the attention layer whose place it takes, or that it is added to.
         others: how many attention layers the model has or had.
     """
     cache = getattr(cache, "self_attention_cache", cache)

@@ -19,7 +19,7 @@ _NEEDED_LATER = re.compile(r"hidden|logits|indices|states$|loss|scaling_factor|l
 
 
 def check(model: nn.Module, name: str, module: nn.Module, replaced: bool) -> None:
-    """Refuse modules that a memory cannot take the place of, or stand beside.
+    """Refuse modules that a memory can neither replace nor be added to.
 
     Raises:
         ValueError: attention to another sequence, or a module that does more than attention.
@@ -43,14 +43,14 @@ def check(model: nn.Module, name: str, module: nn.Module, replaced: bool) -> Non
         return
     if getattr(module, "has_relative_attention_bias", False) and "bias" in str(returned(module)):
         got = "computes the position bias that later layers use"
-        raise ValueError(f"where: {name} {got}; put the memory beside it, or choose another layer")
+        raise ValueError(f"where: {name} {got}; use mode='beside', or choose another layer")
     if adds_its_input(module):
         got = "adds its input to its output, which a memory does not"
         raise ValueError(f"where: {name} is a {kind} that {got}; choose the attention inside it")
     later = [part for part in (returned(module) or ())[1:] if _NEEDED_LATER.search(part)]
     if later:
         got = f"returns {', '.join(later)}, which a memory does not"
-        raise ValueError(f"where: {name} is a {kind} that {got}; put the memory beside it")
+        raise ValueError(f"where: {name} is a {kind} that {got}; use mode='beside'")
 
 
 def like_transformers(name: str, module: nn.Module) -> bool:

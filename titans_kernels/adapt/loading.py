@@ -14,7 +14,7 @@ from .replacing import replace
 def restore(model: nn.Module) -> list[str]:
     """Undo `replace`: every memory goes, and attention that was replaced is back in its place.
 
-    Attention in the place of which a memory came is kept for this on the CPU, outside the model's
+    Attention that a memory replaced is kept for this on the CPU, outside the model's
     parameters and checkpoints. It comes back with the weights that it had.
 
     Returns:
@@ -41,7 +41,7 @@ def restore(model: nn.Module) -> list[str]:
     }
     lost = [n for n, layer in layers.items() if not layer.beside and not layer.replaced]
     if lost:
-        got = f"one that was loaded with memories in the place of {', '.join(lost)}"
+        got = f"one that was loaded with memories in place of {', '.join(lost)}"
         raise ValueError(f"model: got {got}, takes one that replace has changed")
     wrapped = [n for n, layer in layers.items() if layer.beside and not n.endswith("titans")]
     if wrapped:

@@ -1,7 +1,7 @@
 """Masks as attention is given them: which tokens they hide as padding, where sequences begin.
 
 A memory reads a sequence from its beginning, in order. So of a mask it understands padding, causal
-masks with or without a window, and sequences side by side; a mask that hides anything else from
+masks with or without a window, and packed sequences; a mask that hides anything else from
 some queries is refused.
 """
 
@@ -109,5 +109,5 @@ def _from_square(seeing: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _refused(what: str) -> ValueError:
-    takes = "padding, causal masks, windows and sequences side by side"
+    takes = "padding, causal masks, windows and packed sequences"
     return ValueError(f"attention_mask: got one that {what}; a memory understands {takes}")

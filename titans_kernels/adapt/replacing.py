@@ -1,4 +1,4 @@
-"""Titans layers in a model that is already there: in the place of its attention, or beside it."""
+"""Titans layers in an existing model: in place of its attention, or in parallel with it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def replace(
     causal: bool = False,
     **options: Unpack[Options],
 ) -> list[str]:
-    """Put Titans layers into a model: each chosen attention becomes one, or gets one beside it.
+    """Put Titans layers into a model: in place of the chosen attention, or in parallel with it.
 
     Takes attention of Hugging Face transformers (decoders: GPT-2, Llama, Qwen, ... with `generate`,
     caches, left padding, packed sequences), `nn.MultiheadAttention` of a sequence with itself, and
@@ -78,7 +78,7 @@ def replace(
             starts at 0, one number a channel: the model computes what it did, to the bit, until it
             is trained. The memory is the submodule `titans` of the attention, its gate
             `titans.gate`: with PEFT, `modules_to_save=["titans"]` trains and saves both, and
-            `modules_to_save=["titans.gate"]` the gate beside LoRA of the memory's projections.
+            `modules_to_save=["titans.gate"]` the gate next to LoRA of the memory's projections.
         dim, heads (int | None): of the Titans layer. Default: those of the attention.
         causal (bool): states that reading left to right is meant, where attention sees both ways
             (BERT, ViT, ...), and silences the warning about it.
@@ -109,7 +109,7 @@ def replace(
     for name, module in chosen.items():
         hosts.check(model, name, module, replaced=mode == "replace")
         if mode == "beside" and hasattr(module, "titans"):
-            raise ValueError(f"where: {name} has a memory beside it already")
+            raise ValueError(f"where: {name} has a memory already")
     # One layer a module, in all places where the module is; all are made before one is put in.
     layers: dict[nn.Module, TitansAttention] = {}
     for name, module in chosen.items():

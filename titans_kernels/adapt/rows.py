@@ -1,6 +1,6 @@
 """Padded batches, as attention gets them, and the packed sequences that memories read.
 
-A memory is trained on what it reads, so it must not read padding. Masks have which tokens are
+A memory is trained on what it reads, so it must not read padding. Masks say which tokens are
 padding, on either side or in between, and which begin a new sequence in the middle of a row.
 """
 
@@ -85,7 +85,7 @@ def _padding(
         got = "several sequences in a row"
         raise ValueError(f"attention_mask: got {got}; {takes} one a row, or cu_seqlens")
     if whole and not bool(real.all()):
-        got = "padding beside a cache or packed sequences"
+        got = "padding together with a cache or packed sequences"
         raise ValueError(f"attention_mask: got {got}; {takes} either")
     return real.clone()
 
@@ -131,7 +131,7 @@ def rows_of(
         past: whether the rows continue earlier ones, so that no sequence begins here.
         seen: the place of x in the mask. Default: at its end.
         chunk: after how many tokens attention no longer reaches back, within one sequence.
-        whole: whether rows in one graph must have no padding, as beside a state that is kept.
+        whole: whether rows in one graph must have no padding, as where a state is kept.
     """
     if _says_nothing(x, attention_mask, position_ids, past):
         return None

@@ -44,7 +44,7 @@ class NeuralMemState(NamedTuple):
         return {f"weights.{i}": w.flatten(0, 1) for i, w in enumerate(self.states.weights)}
 
     def detach(self) -> NeuralMemState:
-        """The same values, cut off from the graph: truncated backpropagation."""
+        """The same values, detached from the graph: truncated backpropagation."""
         return self._replace(states=self.states.detach())
 
 
@@ -247,9 +247,9 @@ class TitansPytorchMemory(nn.Module):
             store_seq (Tensor | None): [B, T, dim]; with one token of seq any number, after all of
                 which it reads. Default: seq.
             state (NeuralMemState | None): what the sequences continue from.
-            detach_mem_state (bool): whether the returned state is cut off from the graph.
+            detach_mem_state (bool): whether the returned state is detached from the graph.
             store_mask (Tensor | None): [B, T] bool; the learning rate is 0 where False.
-            ttt_batch_size (int | None): in the place of batch_size, from the first token on.
+            ttt_batch_size (int | None): instead of batch_size, from the first token on.
             prev_weights, return_surprises: None and False; others are refused.
 
         Returns:

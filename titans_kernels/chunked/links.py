@@ -35,7 +35,7 @@ class History(NamedTuple):
 
 
 class Apart(NamedTuple):
-    """A state as it came, for one block that only reads it: side by side would be a copy."""
+    """A state as it came, for one block that only reads it: concatenating would copy."""
 
     weights: Tensor  # [R, d_in, d_out]
     momentum: Tensor
@@ -67,7 +67,7 @@ class Pushed(NamedTuple):
 
 
 def scaled(x: Tensor, by: Tensor) -> Tensor:
-    """x [R, n, width] times two coefficients [R, n or 1, 2] each, side by side: [R, n, 2 width]."""
+    """x [R, n, width] times two coefficients [R, n or 1, 2], concatenated: [R, n, 2 width]."""
     return (by.unsqueeze(-1) * x.unsqueeze(-2)).flatten(2)
 
 

@@ -41,7 +41,7 @@ State = list[Tensor]  # per layer, [R, 2, d_in, d_out]
 
 
 class Recycler:
-    """Memory of states that are done with. Fresh memory costs more than the arithmetic on it."""
+    """Buffers of states no longer needed: allocating costs more than the arithmetic on them."""
 
     def __init__(self) -> None:
         self.free: dict[torch.Size, list[Tensor]] = {}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..train.measures import by_doubling
 
-WRITING, OFF = "#0072b2", "#d55e00"  # told apart by colour-blind readers too
+WRITING, OFF = "#0072b2", "#d55e00"  # distinguishable by colour-blind readers too
 
 
 def band(costs: Tensor) -> tuple[Tensor, Tensor]:

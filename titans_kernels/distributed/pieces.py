@@ -13,7 +13,7 @@ from ..layers.state import concatenate
 from ..state import MemoryState
 
 # The dimension of the heads in the tensors of all states, by their names. In those of the layers
-# the heads are side by side, in the last.
+# the heads are concatenated, in the last.
 _HEADS = {
     **dict.fromkeys(("weights", "momentum", "projection"), 1),
     **dict.fromkeys(("k", "v", "theta", "alpha", "eta"), 2),

@@ -197,7 +197,7 @@ class WindowAttention(Attention):
         """q [N, T, inner], keys and values [N, window - 1 + T, inner] -> [N, T, inner].
 
         A block of `window` queries needs the keys of its own tokens and of the block before. The
-        first block alone may meet slots that were never filled; all others go side by side, so that
+        first block alone may meet slots that were never filled; all others run in parallel, so that
         the work is the same few operations at any length.
         """
         W, T = self.window, q.shape[1]

@@ -53,7 +53,7 @@ def make_memory(dim: int, **options: Any) -> NeuralMemory:
         return TNTMemory(dim, **options)
     for name in ("global_chunk", "reset_every", "project"):
         if name in options:
-            raise TypeError(f"{name}: got {options[name]!r}, takes local_chunks beside it")
+            raise TypeError(f"{name}: got {options[name]!r}, takes local_chunks as well")
     return NeuralMemory(dim, **options)
 
 

@@ -29,7 +29,7 @@ def head_size(dim: int, heads: int, dim_head: Any) -> int:
     if dim_head is None:
         if dim % heads:
             raise ValueError(
-                f"heads: got {heads}, takes a divisor of dim = {dim}, or a dim_head beside it"
+                f"heads: got {heads}, takes a divisor of dim = {dim}, or an explicit dim_head"
             )
         return dim // heads
     checks.integer("dim_head", dim_head, 1)

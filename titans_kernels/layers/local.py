@@ -1,4 +1,4 @@
-"""A memory that is read at the start of its chunks, and local ones beside it that are reset."""
+"""A global memory that is read at the start of its chunks, and local ones that are reset."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LocalMemory(Learner):
 
 
 class TNTMemory(NeuralMemory):
-    """The memories of `TitansTNT` between the projections of a `NeuralMemory`, and with its face.
+    """The memories of `TitansTNT`, between the projections of a `NeuralMemory` and used as one.
 
     Queries, keys and values, the output's norm and projections are those of a `NeuralMemory`, as is
     the global memory. Each local memory has gates, weights and a LayerNorm of its own.
@@ -59,7 +59,7 @@ class TNTMemory(NeuralMemory):
         chunks = _chunks(local_chunks)
         if "chunk_size" in memory:
             got = memory["chunk_size"]
-            raise TypeError(f"chunk_size: got {got}, takes global_chunk beside local_chunks")
+            raise TypeError(f"chunk_size: got {got}, takes global_chunk together with local_chunks")
         super().__init__(dim, chunk_size=global_chunk, **memory)
         self.local_chunks, self.reset_every, self.project = chunks, reset_every, project
         self.local = nn.ModuleList(
@@ -142,8 +142,8 @@ class TNTMemory(NeuralMemory):
         queries = [projected for projected, _ in found]
         return queries * (count // len(queries)), tuple(after for _, after in found)
 
-    def _ask(self, q: Tensor, state: Any, cu_seqlens: Tensor | None) -> Tensor:
-        total = wide(super()._ask(q, state, cu_seqlens))
+    def _read_state(self, q: Tensor, state: Any, cu_seqlens: Tensor | None) -> Tensor:
+        total = wide(super()._read_state(q, state, cu_seqlens))
         x = q.new_zeros(1, 0, self.dim)  # only the LayerNorms of the local memories are needed
         found = [recall(q, one, cu_seqlens) for one in state.projections] or [q]
         queries = found * (len(self.local) // len(found))

@@ -49,7 +49,7 @@ class TitansMAC(Block[ContextState]):
         those of NeuralMemory + 4 dim inner + n_persistent dim + 2 dim
 
     Segments follow one another: each starts with the memory that the one before left. Sequences,
-    packed or not, are read side by side, whatever their lengths and wherever their segments end: a
+    packed or not, are read in parallel, whatever their lengths and wherever their segments end: a
     call takes as many rounds as the sequence with the most segments has.
 
     Args:
@@ -194,7 +194,7 @@ def _same(values: list[int]) -> bool:
 def _in_rounds(
     lengths: list[int], opened: list[int], segment: int
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """How sequences are read side by side, in each round one segment of all that have one.
+    """How sequences are read in parallel, in each round one segment of all that have one.
 
     Args:
         lengths: of N sequences end to end, in tokens; [n] if each has n.

@@ -12,7 +12,7 @@ from .window import WindowBlock
 
 
 class TitansMAG(WindowBlock):
-    """Memory as a gate: it reads beside attention, and gates it (arXiv 2501.00663, section 4.2).
+    """Memory as a gate of attention, in parallel with it (arXiv 2501.00663, section 4.2).
 
         p, x --+-- sliding-window attention --- rms, w_y ------------ * --- out
                |                                                      |

@@ -272,11 +272,11 @@ class NeuralMemory(Learner, Sealing):
             self._check_state(state, q, cu_seqlens)
 
         (q,), history = self._heads([q], state.convolution[:1], cu_seqlens)
-        o = self._ask(q, state, cu_seqlens)
+        o = self._read_state(q, state, cu_seqlens)
         history = history + state.convolution[1:]
         return self._output(o, x), dataclasses.replace(state, convolution=history)
 
-    def _ask(self, q: Tensor, state: LayerState, cu_seqlens: Tensor | None) -> Tensor:
+    def _read_state(self, q: Tensor, state: LayerState, cu_seqlens: Tensor | None) -> Tensor:
         """What the memory of a state, which stays as it is, reads for q [B, T, H, D]."""
         return self._retrieve(q, state.memory, self._norm(), cu_seqlens)
 

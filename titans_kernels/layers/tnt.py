@@ -1,4 +1,4 @@
-"""TNT: a global memory and local ones that are reset, which read their shards side by side."""
+"""TNT: a global memory and local ones that are reset, which process their shards in parallel."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TitansTNT(TitansLMM):
     tokens, and never reset: within a chunk it is matrix products alone. The local memories W^i,
     one for each entry of local_chunks, return to their learned M_0 before every token at a position
     that is a multiple of reset_every, counted from the start of the sequence, persistent tokens
-    included; what lies between two resets is computed side by side. Their queries are projected
+    included; what lies between two resets is computed in parallel. Their queries are projected
     onto the keys of the shard, or of the chunk, so far:
 
         P_t = sum of k_s k_s^T / |k_s|^2    for s <= t in t's shard (appendix C) or chunk (eq. 7)

@@ -21,11 +21,11 @@ SIZES: dict[str, tuple[int, int, dict[str, int]]] = {
     "1.3b": (2048, 32, {"mac": 16, "mag": 16, "mal": 16, "lmm": 21, "tnt": 20}),
 }
 
-# Options of memories with local ones beside them, in the place of chunk_size.
+# Options of memories that have local ones, instead of chunk_size.
 LOCAL = ["global_chunk", "local_chunks", "reset_every", "project"]
 
-# What transformers takes, or writes into files, beside the fields and attributes of its class.
-_BESIDE = {
+# What transformers takes, or writes into files, besides the fields and attributes of its class.
+_OTHER = {
     *("attn_implementation", "auto_map", "base_model_name_or_path", "experts_implementation"),
     *("model_type", "name_or_path", "output_attentions", "per_layer_config"),
     *("quantization_config", "tokenizer_class", "torch_dtype"),
@@ -37,7 +37,7 @@ class TitansConfig(PreTrainedConfig):
 
     Args:
         vocab_size, hidden_size, num_hidden_layers (int): Default: 32,000, 768, 12.
-        num_heads (int): memories side by side in a layer, and heads of attention. Default: 12.
+        num_heads (int): memories in a layer, and heads of attention. Default: 12.
         head_dim (int | None): Default: hidden_size / num_heads.
         intermediate_size (int | None): width of the SwiGLU MLPs. Default: 8/3 hidden_size, rounded
             up to a multiple of 64.
@@ -132,7 +132,7 @@ class TitansConfig(PreTrainedConfig):
     def _unknown(cls, names: Iterable[str]) -> list[str]:
         """Those that neither this configuration nor transformers knows."""
         of_generation = GenerationConfig._get_default_generation_params()
-        known = {*cls._options(), *_BESIDE, *of_generation}
+        known = {*cls._options(), *_OTHER, *of_generation}
         return [n for n in names if n not in known and not n.startswith("_")]
 
     @classmethod

@@ -35,7 +35,7 @@ def next_token_loss(
         labels: [B, T], the tokens read; -100: no loss.
         tokens: as many at most have their logits at a time.
         num_items_in_batch: what the sum is divided by. Default: the labels other than -100.
-        shift_labels: [B, T], the tokens to come, in the place of labels.
+        shift_labels: [B, T], the next tokens, instead of labels.
     """
     if shift_labels is None:
         shift_labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)

@@ -72,7 +72,7 @@ class TitansPreTrainedModel(PreTrainedModel):
     config_class = TitansConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    # What generation must not do: take back tokens that a memory has learned.
+    # Generation must not roll back tokens: a memory cannot unlearn them.
     _is_stateful = True
     _no_split_modules = ["TitansDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
@@ -267,7 +267,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
     ) -> Tensor:
-        """Tokens given to `generate` beside a cache are the whole text, or those that are new.
+        """Tokens given to `generate` with a cache are the whole text, or those that are new.
 
         The whole text, as everywhere in transformers, begins with what the cache has read; all else
         is new. Of a cache that was given embeddings this is not known: no more tokens than it has

@@ -67,7 +67,7 @@ class Config:
     keep: int = 2  # checkpoints, the newest
     asynchronous: bool = False  # checkpoints are written while training continues
     log_every: int = 10
-    tensorboard: bool = False  # beside the CSV files
+    tensorboard: bool = False  # in addition to the CSV files
     seed: int = 0
     device: str = "auto"  # "auto", "cuda": a GPU of its own for each process, if there are any
     bf16: bool = True  # on a GPU: matrix products in bfloat16, parameters in float32

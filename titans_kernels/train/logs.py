@@ -1,4 +1,4 @@
-"""The logs of a run: CSV files, and tensorboard's beside them."""
+"""The logs of a run: CSV files, and tensorboard's in addition."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def executing(
 
     with (
         # ptxas is not needed, and takes longer than all before it. What is compiled without it
-        # is kept apart, so that nobody else finds kernels with no machine code.
+        # is kept apart, so that no other process finds kernels with no machine code.
         mock.patch.object(CUDABackend, "make_cubin", lambda *_: b""),
         mock.patch.object(type(triton.knobs.cache), "dir", CACHE),
         mock.patch.object(JITFunction, "run", launch),

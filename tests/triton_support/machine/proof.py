@@ -1,4 +1,4 @@
-"""The emulator on kernels with known answers and on planted faults; run in a process that compiles.
+"""The emulator on kernels with known outputs and on planted faults; run in a process that compiles.
 
 `python -m triton_support.machine.proof --arch sm_80` prints a line a check and fails with one.
 """
@@ -61,8 +61,8 @@ def _close(name: str, got: torch.Tensor, want: torch.Tensor, limit: float) -> No
         raise AssertionError(f"{name}: error {error:.1e}, at most {limit:.0e}")
 
 
-def answers(arch: str, late: bool) -> int:
-    """Every sample gives its known answer and shows no fault. How many were run."""
+def outputs(arch: str, late: bool) -> int:
+    """Every sample has its known output and no fault. How many were run."""
     with executing(arch, late=late, poison=True) as found:
         for dtype, (left, right), row in itertools.product(
             (torch.bfloat16, torch.float16),
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--arch", default="sm_80", choices=("sm_80", "sm_90"))
     arch = parser.parse_args().arch
     for late in (True, False):
-        print(f"{arch}: {answers(arch, late)} launches, asynchronous operands late: {late}")
+        print(f"{arch}: {outputs(arch, late)} launches, asynchronous operands late: {late}")
     print(f"{arch}: {strictness(arch)} faults of kernels found")
     print(f"{arch}: planted and found: {dict(planted(arch))}")
 

@@ -1,4 +1,4 @@
-"""Kernels of a few lines with known answers: what the emulator is proven on."""
+"""Kernels of a few lines with known outputs: what the emulator is proven on."""
 
 import triton
 import triton.language as tl

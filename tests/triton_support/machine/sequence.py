@@ -55,7 +55,7 @@ class Row:
 
 @contextmanager
 def _poisoned() -> Iterator[None]:
-    """Memory that nobody wrote is NaN."""
+    """Uninitialised memory is NaN."""
 
     def filled(make):
         def empty(*args, **kwargs):
@@ -150,7 +150,7 @@ def _executed(kernels, inputs, case: Case, size: Tile, arch: str, **mode):
 
 
 def _reading(exact, dtype: torch.dtype):
-    """Of the definition and of the yardstick: a query that reads what nothing was learned into."""
+    """Of the definition and of the yardstick: a query that reads the initial weights."""
     want = reference.retrieve(exact["q"], exact["weights"], norm=exact["norm"]).detach()
     still = {name: torch.zeros_like(exact[name]) for name in ("theta", "alpha", "eta")}
     if dtype == torch.float32:

@@ -16,11 +16,11 @@ INTRODUCTION = """\
 # The machine's own code, executed without the machine
 
 The PTX that Triton compiles from the package's kernels, executed on a CPU instruction by
-instruction (`tests/triton_support/machine`) and held to the float64 reference: outputs, final
+instruction (`tests/triton_support/machine`) and compared with the float64 reference: outputs, final
 state, `retrieve` and, except in the rows without a backward pass, the gradient of every input.
 A row of this table passed three runs that agree to the bit: asynchronous operands land at once, as
 late as a wait allows, and late with NaN for every load that races. In none of them was there an
-access out of bounds or misaligned, a read of shared memory that nobody wrote, a race in shared
+access out of bounds or misaligned, a read of uninitialised shared memory, a race in shared
 memory or between programs, a use of bytes that a copy is still writing, an `ld.global.nc` of what
 the launch wrote, or a barrier that not every warp reaches.
 
@@ -46,7 +46,7 @@ KERNELS = """
 
 Instructions and products that are executed a token and head: of the forward pass and, where there
 is a backward pass, of the forward pass computed again in it. Beside them the products that the
-formulas of `benchmarks.machine_code.model` ask for, of 4,096 FLOP each. Where more are executed, a
+formulas of `benchmarks.machine_code.model` require, of 4,096 FLOP each. Where more are executed, a
 likely cause (not traced here) is a tile with fewer fragments than warps, which several warps
 compute alike.
 

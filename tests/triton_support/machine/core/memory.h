@@ -1,4 +1,4 @@
-// Every access to memory: bounds, alignment, races, bytes nobody wrote, copies in flight.
+// Every access to memory: bounds, alignment, races, uninitialised bytes, copies in flight.
 #pragma once
 #include "state.h"
 template <bool W, bool G>
