@@ -33,13 +33,19 @@ demo = ["matplotlib", "tqdm"]
 bench = ["matplotlib", "tqdm"]
 hf = ["transformers>=5.15"]  # older releases of 5 have other caches
 train = ["numpy", "omegaconf>=2.3", "tqdm", *hf]
-docs = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1"]
+docs = [
+    "griffe-inherited-docstrings",
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.5",
+    "mkdocstrings[python]>=1",
+]
 dev = [
     "accelerate",  # what transformers' Trainer needs
     "hypothesis",
     "mypy",
     "parameterized",  # what transformers' own tests are written with
     "peft",
+    "pyright[nodejs]",
     "pytest",
     "pytest-xdist",
     "ruff",

@@ -99,7 +99,7 @@ def check_a_run_on_any_mesh_of_four(rank, folder):
 
 
 def check_checkpointing_and_other_blocks(rank, folder):
-    model = MODEL | {"variant": "mac"}
+    model = MODEL | {"variant": "mac", "loss_chunk": 10}
     _on_meshes(rank, folder, [(1, 2, 1)], gradient_checkpointing=True, model=model)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
+from titans_kernels.adapt.versions import checkpointing
 from titans_kernels.models import TitansCache, TitansConfig, TitansForCausalLM, TitansModel
 
 VARIANTS = ["mac", "mag", "mal", "lmm", "tnt"]
@@ -208,10 +209,10 @@ def test_from_the_meta_device():
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_changes_nothing(reentrant):
     gradients = []
-    for checkpointing in (False, True):
+    for on in (False, True):
         model, tokens = _model().train(), _tokens(2, 11)
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        if on:
+            getattr(model, f"{checkpointing()}_enable")({"use_reentrant": reentrant})
         first = model(tokens[:, :6], use_cache=True)
         loss = model(tokens[:, 6:], past_key_values=first.past_key_values.detach()).logits.square()
         loss.mean().backward()

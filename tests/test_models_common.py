@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from titans_kernels.adapt.cache import MemoryLayer
+from titans_kernels.adapt.versions import checkpointing
 from titans_kernels.models import TitansConfig, TitansForCausalLM, TitansModel
 
 VARIANTS = ["mac", "mag", "mal", "lmm", "tnt"]
@@ -216,17 +217,17 @@ def test_checkpointing_is_switched():
     model = _model().train()
     layers = [model.model.layers[0], model.model.layers[1]]
     for on in (True, False):
-        model.activation_checkpointing_enable() if on else model.activation_checkpointing_disable()
-        assert model.is_activation_checkpointing == on
+        getattr(model, f"{checkpointing()}_{'enable' if on else 'disable'}")()
+        assert getattr(model, f"is_{checkpointing()}") == on
         assert all(layer.gradient_checkpointing == on for layer in layers)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_inputs_of_a_frozen_model_require_gradients(checkpointing):
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_inputs_of_a_frozen_model_require_gradients(checkpointed):
     """As adapters are trained: what is learned lies behind frozen layers."""
     model = _model().train().requires_grad_(False)
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": True})
+    if checkpointed:
+        getattr(model, f"{checkpointing()}_enable")({"use_reentrant": True})
     model.enable_input_require_grads()
     model.model.layers[0].mlp.down_proj.weight.requires_grad_()
     model(_tokens(2, 9), labels=_tokens(2, 9)).loss.backward()
@@ -331,9 +332,8 @@ def test_the_pipeline():
 
 def test_the_trainer(tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in _tokens(8, 9)]
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=3, report_to=[], use_cpu=True, activation_checkpointing=True
-    )
+    options = {"max_steps": 3, "report_to": [], "use_cpu": True, checkpointing(): True}
+    arguments = TrainingArguments(str(tmp_path), **options)
     trainer = Trainer(_model().float(), arguments, train_dataset=rows, eval_dataset=rows)
     assert trainer.train().global_step == 3
     assert trainer.evaluate()["eval_loss"] > 0

@@ -21,6 +21,7 @@ from transformers import (
 
 from titans_kernels import replace
 from titans_kernels.adapt import TitansAttention
+from titans_kernels.adapt.versions import checkpointing
 
 V = 37
 _SIZE = {
@@ -174,10 +175,10 @@ def test_trained_saved_and_loaded():
 
 def test_gradient_checkpointing_of_the_host():
     gradients = []
-    for checkpointing in (False, True):
+    for on in (False, True):
         model, _ = _swapped("llama", mode="beside")
-        if checkpointing:
-            model.activation_checkpointing_enable()
+        if on:
+            getattr(model, f"{checkpointing()}_enable")()
         tokens = _tokens(2, 9)
         model.train()(tokens, labels=tokens).loss.backward()
         gradients.append([p.grad for p in model.parameters()])

@@ -76,15 +76,21 @@ def _plain(config, windows):
     raise AssertionError("too few windows")
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_run_is_a_plain_loop(tmp_path, checkpointing):
-    config = _config(tmp_path, gradient_checkpointing=checkpointing)
+@pytest.mark.parametrize("checkpointing, loss_chunk", [(False, None), (True, None), (True, 10)])
+def test_a_run_is_a_plain_loop(tmp_path, checkpointing, loss_chunk):
+    model = MODEL | {"loss_chunk": loss_chunk}
+    config = _config(tmp_path, model=model, gradient_checkpointing=checkpointing)
     training = Training(config, ALONE)
     windows = [training._window(i) for i in range(3)]
     read = []
     mlp = training.model.model.layers[0].mlp
     mlp.register_forward_pre_hook(lambda *_: read.append(1))
+    logits = []
+    training.model.lm_head.register_forward_hook(
+        lambda *args: logits.append(args[-1].shape[:-1].numel())
+    )
     training.run(until=1)
+    assert max(logits) == (loss_chunk or config.rows * config.length), "tokens with logits at once"
     assert len(read) == 1 + checkpointing, "computed again in the backward pass, or not"
     training.run()
     with (tmp_path / "train.csv").open(newline="") as file:

@@ -21,3 +21,11 @@ def check_transformers() -> None:
     if numbers < OLDEST:
         takes = ".".join(map(str, OLDEST))
         raise ImportError(f"transformers: got version {got}, takes {takes} or newer")
+
+
+def checkpointing() -> str:
+    """What this transformers calls activation checkpointing; before 5.23 it was of gradients."""
+    from transformers import PreTrainedModel
+
+    new = hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    return "activation_checkpointing" if new else "gradient_checkpointing"

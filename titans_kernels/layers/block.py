@@ -125,8 +125,11 @@ class Block(Sealing, Generic[S]):
             raise TypeError(f"state: got {got}, takes a {takes} or None")
         return self._read(x, state, cu_seqlens)
 
-    if TYPE_CHECKING:
-        __call__ = forward  # what a call returns, for whoever checks types
+    if TYPE_CHECKING:  # `nn.Module` declares that calls return Any
+
+        def __call__(
+            self, x: Tensor, state: S | None = None, cu_seqlens: Tensor | None = None
+        ) -> tuple[Tensor, S]: ...
 
     def step(self, x: Tensor, state: S | None = None) -> tuple[Tensor, S]:
         """One token of every sequence: [B, dim] -> ([B, dim], state). `forward` of length 1."""

@@ -235,8 +235,15 @@ class NeuralMemory(Learner, Sealing):
         theta, alpha, eta = gates
         return *heads, self.max_learning_rate * theta, alpha, eta
 
-    if TYPE_CHECKING:
-        __call__ = forward  # what a call returns, for whoever checks types
+    if TYPE_CHECKING:  # `nn.Module` declares that calls return Any
+
+        def __call__(
+            self,
+            x: Tensor,
+            state: LayerState | None = None,
+            cu_seqlens: Tensor | None = None,
+            learn: bool = True,
+        ) -> tuple[Tensor, LayerState]: ...
 
     def step(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """One token of every sequence: [B, dim] -> ([B, dim], state).

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from ..adapt.versions import checkpointing
 from ..decay import parameter_groups
 from ..distributed.pieces import dimension_of_heads
 from ..models import TitansCache, TitansConfig, TitansForCausalLM
@@ -48,9 +49,7 @@ class Training:
         self.model = model_of(config)
         self.model.to(processes.device).train()
         if config.gradient_checkpointing:
-            new = hasattr(self.model, "activation_checkpointing_enable")  # its name in 5.23
-            kind = "activation" if new else "gradient"
-            getattr(self.model, f"{kind}_checkpointing_enable")()
+            getattr(self.model, f"{checkpointing()}_enable")()
         sharding.shard(self.model, processes)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay), betas=(0.9, 0.95)
@@ -129,10 +128,12 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         own = self.processes.own_tokens(config.length)
+        tokens, targets = text[:, :-1][:, own], text[:, 1:][:, own].contiguous()
+        count = config.rows * config.length  # of all processes, whose losses are summed
+        labels = {"labels": tokens, "shift_labels": targets, "num_items_in_batch": count}
         with self._precision():
-            out = self.model(text[:, :-1][:, own], past_key_values=self.cache, use_cache=True)
-        # The share of these tokens in the mean over those of all processes.
-        loss = bits(out.logits.float(), text[:, 1:][:, own]).sum() / (config.rows * config.length)
+            out = self.model(tokens, past_key_values=self.cache, use_cache=True, **labels)
+        loss = out.loss / math.log(2)
         self.optimizer.zero_grad(set_to_none=True)
         # FSDP2 takes the mean of the gradients, of which the sum is wanted.
         (loss * self.processes.place("data")[1] * self.processes.place("length")[1]).backward()
