@@ -245,8 +245,9 @@ def _tensors(name: str, argument: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(argument, TensorDescriptor):
         yield from _tensors(name, argument.base)
     elif isinstance(argument, tuple | list):
+        fields = getattr(argument, "_fields", None)  # a record's
         for i, part in enumerate(argument):
-            yield from _tensors(f"{name}[{i}]", part)
+            yield from _tensors(f"{name}.{fields[i]}" if fields else f"{name}[{i}]", part)
     elif isinstance(argument, Tensor):
         yield name, argument
 

@@ -1,8 +1,7 @@
 """Which tokens a block holds: the one place where kernels turn block numbers into positions.
 
 Sequence n lies at `bounds[n, 0]` to `bounds[n, 1]`, an open chunk's tail ahead of its tokens. A
-block holds whole chunks, or a chunk spans SPAN blocks and none crosses its end. Slots are the
-blocks of one group, BLOCKS to a sequence.
+block holds whole chunks, or a chunk spans SPAN blocks and none crosses its end.
 """
 
 import triton
@@ -10,30 +9,65 @@ import triton.language as tl
 
 
 @triton.jit
-def block_of(
-    p_bounds,
-    slot,
-    group,
-    BLOCKS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SPAN: tl.constexpr,
-):
+def block_of(token, i_n, block, sizes):
     """First token, tokens, and how many of them the state that is handed on has learned from.
 
     Where blocks hold whole chunks, those of a chunk that is still open are left out.
     """
-    n = slot // BLOCKS
-    block = (group + slot % BLOCKS).to(tl.int64)
-    start = tl.load(p_bounds + 2 * n).to(tl.int64)
-    total = tl.load(p_bounds + 2 * n + 1).to(tl.int64) - start
-    if SPAN == 1:
-        position = block * TOKENS
-        count = tl.minimum(total - position, TOKENS)
-        end = tl.minimum(total // CHUNK * CHUNK - position, TOKENS)
+    block = block.to(tl.int64)
+    start = tl.load(token.bounds + 2 * i_n).to(tl.int64)
+    total = tl.load(token.bounds + 2 * i_n + 1).to(tl.int64) - start
+    if sizes.SPAN == 1:
+        position = block * sizes.TOKENS
+        count = tl.minimum(total - position, sizes.TOKENS)
+        end = tl.minimum(total // sizes.CHUNK * sizes.CHUNK - position, sizes.TOKENS)
     else:
-        inside = block % SPAN * TOKENS
-        position = block // SPAN * CHUNK + inside
-        count = tl.minimum(total - position, tl.minimum(TOKENS, CHUNK - inside))
+        inside = block % sizes.SPAN * sizes.TOKENS
+        position = block // sizes.SPAN * sizes.CHUNK + inside
+        count = tl.minimum(total - position, tl.minimum(sizes.TOKENS, sizes.CHUNK - inside))
         end = count
     return start + position, tl.maximum(count, 0).to(tl.int32), tl.maximum(end, 0).to(tl.int32)
+
+
+@triton.jit
+def query_of(token, i_n, first):
+    """Token `first + t` has query `query + t`, where `before + t` is not negative."""
+    before = first - tl.load(token.bounds + 2 * i_n) - tl.load(token.tail + i_n)
+    return tl.load(token.query + i_n) + before, before
+
+
+@triton.jit
+def start_row(o_t, sizes):
+    """The row of coefficients that a token's chunk starts with; -1 is the block's start."""
+    return o_t // sizes.CHUNK * sizes.CHUNK - 1 if sizes.SPAN == 1 else o_t * 0 - 1
+
+
+@triton.jit
+def gates_of(i_l: tl.constexpr, sizes):
+    """A layer's coefficients among L."""
+    return i_l if sizes.L > 1 else 0
+
+
+@triton.jit
+def width_in(i_l: tl.constexpr, sizes):
+    return sizes.D if i_l == 0 else sizes.HIDDEN
+
+
+@triton.jit
+def width_out(i_l: tl.constexpr, sizes):
+    return sizes.D if i_l == sizes.DEPTH - 1 else sizes.HIDDEN
+
+
+@triton.jit
+def history(coefficient, i_b, row, m_p, i_l: tl.constexpr, sizes):
+    """-G of a row: how much of each earlier token's update a state still holds, [BT]."""
+    o = ((i_b * sizes.L + gates_of(i_l, sizes)) * sizes.BT + row) * sizes.BT
+    return -tl.load(coefficient.G + o + tl.arange(0, sizes.BT), mask=m_p, other=0.0)
+
+
+@triton.jit
+def weights_of(coefficient, i_b, row, i_l: tl.constexpr, sizes):
+    """a and c of a row."""
+    o = (i_b * sizes.L + gates_of(i_l, sizes)) * sizes.BT + row
+    a = tl.load(coefficient.a + o, mask=row >= 0, other=1.0)
+    return a, tl.load(coefficient.c + o, mask=row >= 0, other=0.0)

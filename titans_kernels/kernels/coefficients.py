@@ -3,7 +3,7 @@
 Row by row, from the recurrence itself: exact at gates of 0 and 1. A row that is not a token's
 repeats the row before it.
 
-Grid: (slots, heads, layers with gates of their own). Nothing is sequential but the rows of a block.
+Grid: (sequences, blocks, heads x layers with gates of their own). Nothing is sequential but the rows of a block.
 """
 
 import triton
@@ -14,36 +14,26 @@ from .blocks import block_of
 
 @triton.jit(do_not_specialize=["group"])
 def coefficients_kernel(
-    p_theta,  # [M, H, L]
-    p_alpha,
-    p_eta,
-    p_a,  # out [slots, H, L, BT], of the state right after each token
-    p_c,
-    p_G,  # out [slots, H, L, BT, BT]
-    p_end,  # out [slots, H, L, 4 + 2 BT]: a, c, p, unused, G, P of the state handed on
-    p_p,  # out [slots, H, L, BT], where the backward pass wants them
-    p_P,  # out [slots, H, L, BT, BT]
-    p_bounds,  # [N, 2]
-    group,  # index of the first block of the group
-    BLOCKS: tl.constexpr,  # of a group, per sequence
-    H: tl.constexpr,
-    L: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TOKENS: tl.constexpr,  # of a block
-    SPAN: tl.constexpr,  # blocks to a chunk
-    BT: tl.constexpr,
+    token,  # Tokens
+    coefficient,  # Coefficients, out; p and P where the backward pass wants them
+    group,  # the first block of the group
+    sizes,  # BlockSizes
     KEEP: tl.constexpr,
 ):
-    i_slot, i_h, i_l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    first, count, end = block_of(p_bounds, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
+    H: tl.constexpr = sizes.H
+    L: tl.constexpr = sizes.L
+    BT: tl.constexpr = sizes.BT
+    i_n, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_h, i_l = tl.program_id(2) // L, tl.program_id(2) % L
+    first, count, end = block_of(token, i_n, group + i_block, sizes)
     if count == 0:
         return
     o_t = tl.arange(0, BT)
-    p_gate = (first * H + i_h) * L + i_l
-    out = (i_slot * H + i_h) * L + i_l
-    p_end += out * (4 + 2 * BT)
+    o_gate = (first * H + i_h) * L + i_l
+    i_g = ((i_n * tl.num_programs(1) + i_block) * H + i_h) * L + i_l
+    p_end = coefficient.end + i_g * (4 + 2 * BT)
 
-    ACC: tl.constexpr = p_G.dtype.element_ty
+    ACC: tl.constexpr = coefficient.G.dtype.element_ty
     a = tl.full([], 1.0, ACC)
     p = tl.full([], 1.0, ACC)
     c = tl.full([], 0.0, ACC)
@@ -57,20 +47,20 @@ def coefficients_kernel(
         tl.store(p_end + 4 + BT + o_t, b_P)
     for t in range(0, BT):
         if t < count:
-            theta = tl.load(p_theta + p_gate + t * H * L).to(ACC)
-            keep = 1.0 - tl.load(p_alpha + p_gate + t * H * L).to(ACC)
-            eta = tl.load(p_eta + p_gate + t * H * L).to(ACC)
+            theta = tl.load(token.theta + o_gate + t * H * L).to(ACC)
+            keep = 1.0 - tl.load(token.alpha + o_gate + t * H * L).to(ACC)
+            eta = tl.load(token.eta + o_gate + t * H * L).to(ACC)
             p = eta * p
             b_P = eta * b_P + tl.where(o_t == t, theta, 0.0)
             a = keep * a
             c = keep * c + p
             b_G = keep * b_G + b_P
-        tl.store(p_a + out * BT + t, a)
-        tl.store(p_c + out * BT + t, c)
-        tl.store(p_G + (out * BT + t) * BT + o_t, b_G)
+        tl.store(coefficient.a + i_g * BT + t, a)
+        tl.store(coefficient.c + i_g * BT + t, c)
+        tl.store(coefficient.G + (i_g * BT + t) * BT + o_t, b_G)
         if KEEP:
-            tl.store(p_p + out * BT + t, p)
-            tl.store(p_P + (out * BT + t) * BT + o_t, b_P)
+            tl.store(coefficient.p + i_g * BT + t, p)
+            tl.store(coefficient.P + (i_g * BT + t) * BT + o_t, b_P)
         if t + 1 == end:
             tl.store(p_end, a)
             tl.store(p_end + 1, c)

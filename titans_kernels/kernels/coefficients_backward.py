@@ -8,7 +8,7 @@ The rows of `coefficients` in reverse (see ../coefficients.py for the algebra), 
 A row's gradient comes from the query of its token, from all keys of the chunk that starts behind it
 (those of the first layer's are still apart), and from the state that the block hands on.
 
-Grid: (slots, heads, layers with gates of their own).
+Grid: (sequences, blocks, heads x layers with gates of their own).
 """
 
 import triton
@@ -19,54 +19,40 @@ from .blocks import block_of
 
 @triton.jit(do_not_specialize=["group"])
 def coefficients_backward_kernel(
-    p_alpha,  # [M, H, L]
-    p_eta,
-    p_a,  # [slots, H, L, BT]
-    p_c,
-    p_G,  # [slots, H, L, BT, BT]
-    p_p,  # [slots, H, L, BT]
-    p_P,  # [slots, H, L, BT, BT]
-    p_da,  # [slots, H, L, BT], of what queries read with
-    p_dc,
-    p_dG,  # [slots, H, L, BT, BT]
-    p_da_key,  # [slots, H, BT], of what every key read the first layer with
-    p_dc_key,
-    p_dG_key,  # [slots, H, BT, BT]
-    p_dend,  # [slots, H, L, 4 + 2 BT]
-    p_dtheta,  # out [M, H, L]
-    p_dalpha,
-    p_deta,
-    p_bounds,  # [N, 2]
+    token,  # Tokens
+    coefficient,  # Coefficients
+    grad,  # CoefficientGrad
+    token_grad,  # TokenGrad: theta, alpha and eta are written
     group,
-    BLOCKS: tl.constexpr,
-    H: tl.constexpr,
-    L: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SPAN: tl.constexpr,
-    BT: tl.constexpr,
+    sizes,  # BlockSizes
 ):
-    i_slot, i_h, i_l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    first, count, end = block_of(p_bounds, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
+    H: tl.constexpr = sizes.H
+    L: tl.constexpr = sizes.L
+    CHUNK: tl.constexpr = sizes.CHUNK
+    BT: tl.constexpr = sizes.BT
+    i_n, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_h, i_l = tl.program_id(2) // L, tl.program_id(2) % L
+    first, count, end = block_of(token, i_n, group + i_block, sizes)
     if count == 0:
         return
     o_t = tl.arange(0, BT)
-    p_gate = (first * H + i_h) * L + i_l
-    i = (i_slot * H + i_h) * L + i_l
-    p_dend += i * (4 + 2 * BT)
-    p_a += i * BT
-    p_c += i * BT
-    p_p += i * BT
-    p_da += i * BT
-    p_dc += i * BT
-    p_da_key += (i_slot * H + i_h) * BT
-    p_dc_key += (i_slot * H + i_h) * BT
-    p_G += i * BT * BT
-    p_P += i * BT * BT
-    p_dG += i * BT * BT
-    p_dG_key += (i_slot * H + i_h) * BT * BT
+    o_gate = (first * H + i_h) * L + i_l
+    i_b = (i_n * tl.num_programs(1) + i_block) * H + i_h
+    i_g = i_b * L + i_l
+    p_a = coefficient.a + i_g * BT
+    p_c = coefficient.c + i_g * BT
+    p_p = coefficient.p + i_g * BT
+    p_G = coefficient.G + i_g * BT * BT
+    p_P = coefficient.P + i_g * BT * BT
+    p_da = grad.a + i_g * BT
+    p_dc = grad.c + i_g * BT
+    p_dG = grad.G + i_g * BT * BT
+    p_dend = grad.end + i_g * (4 + 2 * BT)
+    p_da_key = grad.a_key + i_b * BT
+    p_dc_key = grad.c_key + i_b * BT
+    p_dG_key = grad.G_key + i_b * BT * BT
 
-    ACC: tl.constexpr = p_G.dtype.element_ty
+    ACC: tl.constexpr = coefficient.G.dtype.element_ty
     da = tl.full([], 0.0, ACC)
     dc = tl.full([], 0.0, ACC)
     dp = tl.full([], 0.0, ACC)
@@ -87,7 +73,7 @@ def coefficients_backward_kernel(
             da += tl.load(p_da + t)
             dc += tl.load(p_dc + t)
             b_dG += tl.load(p_dG + t * BT + o_t, mask=o_t <= t, other=0.0)
-            if SPAN == 1:
+            if sizes.SPAN == 1:
                 if (t + 1) % CHUNK == 0:  # the next token's chunk starts at this row
                     da += da_key
                     dc += dc_key
@@ -101,8 +87,8 @@ def coefficients_backward_kernel(
                     m = o_t < t // CHUNK * CHUNK
                     b_dG_key += tl.load(p_dG_key + t * BT + o_t, mask=m, other=0.0)
 
-            keep = 1.0 - tl.load(p_alpha + p_gate + t * H * L).to(ACC)
-            eta = tl.load(p_eta + p_gate + t * H * L).to(ACC)
+            keep = 1.0 - tl.load(token.alpha + o_gate + t * H * L).to(ACC)
+            eta = tl.load(token.eta + o_gate + t * H * L).to(ACC)
             a = tl.load(p_a + t - 1, mask=t > 0, other=1.0)
             c = tl.load(p_c + t - 1, mask=t > 0, other=0.0)
             p = tl.load(p_p + t - 1, mask=t > 0, other=1.0)
@@ -114,10 +100,10 @@ def coefficients_backward_kernel(
             dtheta = tl.sum(tl.where(o_t == t, b_dP, 0.0), 0)
             deta = tl.sum(b_dP * b_P, 0) + dp * p
             dalpha = -(tl.sum(b_dG * b_G, 0) + dc * c + da * a)
-            o = p_gate + t * H * L
-            tl.store(p_dtheta + o, dtheta.to(p_dtheta.dtype.element_ty))
-            tl.store(p_dalpha + o, dalpha.to(p_dalpha.dtype.element_ty))
-            tl.store(p_deta + o, deta.to(p_deta.dtype.element_ty))
+            o = o_gate + t * H * L
+            tl.store(token_grad.theta + o, dtheta.to(token_grad.theta.dtype.element_ty))
+            tl.store(token_grad.alpha + o, dalpha.to(token_grad.alpha.dtype.element_ty))
+            tl.store(token_grad.eta + o, deta.to(token_grad.eta.dtype.element_ty))
             da = keep * da
             dc = keep * dc
             b_dG = keep * b_dG

@@ -72,14 +72,14 @@ def standardise(y, m_d, D: tl.constexpr):
 
 
 @triton.jit
-def head(y, x, p_norm, o_d, m_d, D: tl.constexpr, HAS_NORM: tl.constexpr, RESIDUAL: tl.constexpr):
+def head(y, x, p_norm, o_d, m_d, sizes):
     """f(x) of the last product y, both [BD, n]; p_norm is the head's LayerNorm, [2, D]."""
-    if HAS_NORM:
+    if sizes.HAS_NORM:
         w = tl.load(p_norm + o_d, mask=m_d, other=0.0).to(y.dtype)
-        b = tl.load(p_norm + D + o_d, mask=m_d, other=0.0).to(y.dtype)
-        n, _ = standardise(y, m_d, D)
+        b = tl.load(p_norm + sizes.D + o_d, mask=m_d, other=0.0).to(y.dtype)
+        n, _ = standardise(y, m_d, sizes.D)
         y = n * w[:, None] + b[:, None]
-    if RESIDUAL:
+    if sizes.RESIDUAL:
         y += x
     return y
 
@@ -92,41 +92,38 @@ def jacobian(u, n, r, m_d, D: tl.constexpr):
 
 
 @triton.jit
-def head_backward(do, y, p_norm, o_d, m_d, D: tl.constexpr, HAS_NORM: tl.constexpr):
+def head_backward(do, y, p_norm, o_d, m_d, sizes):
     """Gradient of y, and of the LayerNorm's weight and bias [BD], from that of `head`."""
-    if HAS_NORM:
+    if sizes.HAS_NORM:
         w = tl.load(p_norm + o_d, mask=m_d, other=0.0).to(y.dtype)
-        n, r = standardise(y, m_d, D)
-        return jacobian(w[:, None] * do, n, r, m_d, D), tl.sum(do * n, 1), tl.sum(do, 1)
+        n, r = standardise(y, m_d, sizes.D)
+        return jacobian(w[:, None] * do, n, r, m_d, sizes.D), tl.sum(do * n, 1), tl.sum(do, 1)
     else:
         return do, tl.sum(do, 1), tl.sum(do, 1)
 
 
 @triton.jit
-def error(
-    y, k, v, p_norm, o_d, m_d, D: tl.constexpr, HAS_NORM: tl.constexpr, RESIDUAL: tl.constexpr
-):
+def error(y, k, v, p_norm, o_d, m_d, sizes):
     """Gradient of ||f(k) - v||^2 with respect to the last product y, all [BD, n]."""
-    miss = 2.0 * (head(y, k, p_norm, o_d, m_d, D, HAS_NORM, RESIDUAL) - v)
-    if HAS_NORM:
+    miss = 2.0 * (head(y, k, p_norm, o_d, m_d, sizes) - v)
+    if sizes.HAS_NORM:
         w = tl.load(p_norm + o_d, mask=m_d, other=0.0).to(y.dtype)
-        n, r = standardise(y, m_d, D)
-        miss = jacobian(w[:, None] * miss, n, r, m_d, D)
+        n, r = standardise(y, m_d, sizes.D)
+        miss = jacobian(w[:, None] * miss, n, r, m_d, sizes.D)
     return miss
 
 
 @triton.jit
-def error_backward(
-    dd, y, k, v, p_norm, o_d, m_d, D: tl.constexpr, HAS_NORM: tl.constexpr, RESIDUAL: tl.constexpr
-):
+def error_backward(dd, y, k, v, p_norm, o_d, m_d, sizes):
     """From the gradient of `error`: of y, of f(k) [BD, n], of the LayerNorm's parameters [BD].
 
     v's is minus that of f(k), k's the same as it where there is a residual.
     """
-    if HAS_NORM:
+    D: tl.constexpr = sizes.D
+    if sizes.HAS_NORM:
         w = tl.load(p_norm + o_d, mask=m_d, other=0.0).to(y.dtype)[:, None]
         n, r = standardise(y, m_d, D)
-        miss = 2.0 * (head(y, k, p_norm, o_d, m_d, D, HAS_NORM, RESIDUAL) - v)
+        miss = 2.0 * (head(y, k, p_norm, o_d, m_d, sizes) - v)
         du = jacobian(dd, n, r, m_d, D)
         df = 2.0 * w * du
         # The Jacobian that made the error of u depends on y too, through n and through r.

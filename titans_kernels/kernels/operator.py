@@ -11,8 +11,8 @@ from torch import Tensor
 from ..chunked.operator import retrieve_backward  # plain products, of any memory
 from ..packing import Options, Packed, Reading
 from . import launch, launch_backward
-from .launch import Problem, Scratch, Tokens
-from .launch_backward import StateGrad, TokenGrad
+from .launch import Problem, Scratch
+from .records import Queries, TokenGrad, Tokens
 from .tiles import Blocks, Tile, architecture, tile
 
 __all__ = ["backward", "forward", "kept_shapes", "retrieve", "retrieve_backward"]
@@ -74,7 +74,8 @@ class Intervals(NamedTuple):
 class Plan(NamedTuple):
     """How the walk goes over all sequences."""
 
-    problem: Problem  # its group divides an interval
+    problem: Problem
+    group: int  # blocks of a sequence whose scratch is held at a time: divides an interval
     intervals: Intervals
     most: int  # blocks of a sequence, at most
     tokens: Tokens
@@ -95,15 +96,14 @@ class Plan(NamedTuple):
         N = max(len(packed.tail), 1)
         total = ceil(len(packed.k) / blocks.tokens) + N  # blocks of all sequences, at most
         wanted = min(most, ceil(total / N))
-        # Kernels are compiled for a group's blocks, and must not be anew for every length.
         group = next(
             n
             for n in range(1, intervals.blocks + 1)
             if intervals.blocks % n == 0 and (n >= wanted or n == intervals.blocks)
         )
-        problem = Problem(chunk_size, blocks, group, *options[:2], packed.norm, size)
+        problem = Problem(chunk_size, blocks, *options[:2], packed.norm, size)
         tokens = Tokens(*packed.tokens(), packed.bounds, packed.tail, packed.ask)
-        return cls(problem, intervals, most, tokens)
+        return cls(problem, group, intervals, most, tokens)
 
     def kept_rows(self, first_block: int, rows: int) -> Tensor:
         """Where each sequence keeps the state it starts this block with, [N]; `rows`: it has none.
@@ -148,17 +148,19 @@ def forward(
     anchor = running if problem.blocks.span == 1 else [x.clone() for x in running]
     o = torch.empty_like(packed.q)
     if running[0].numel() and len(tokens.k):
-        scratch = launch.allocate(tokens, running[:depth], problem)
-        for first in range(0, plan.most, problem.group):
+        scratch = launch.allocate(tokens, running[:depth], problem, plan.group)
+        query = Queries(packed.q, o, scratch.parts)
+        for first in range(0, plan.most, plan.group):
             if kept and first and first % plan.intervals.blocks == 0:
                 rows = plan.kept_rows(first, len(kept[0]) - 1)
                 states = running if anchor is running else [*running, *anchor]
                 for table, state in zip(kept, states, strict=True):
                     table.index_copy_(0, rows, state)
-            launch.coefficients(tokens, scratch, first, problem)
-            _scan(plan, (running, anchor), scratch, first)
+            group = scratch.at(running, anchor)
+            launch.coefficients(tokens, group, first, problem)
+            launch.scan(tokens, group, first, problem)
             if len(o):
-                launch.retrieve(packed.q, o, tokens, scratch, first, problem)
+                launch.retrieve(query, tokens, group, first, problem)
     return o, anchor if final else []
 
 
@@ -186,7 +188,7 @@ def backward(
     packed, kept, do = _dense_record(packed), _dense_all(kept), _dense(do)
     plan = Plan.of(packed, options, chunk_size, longest)
     problem, tokens, depth = plan.problem, plan.tokens, len(packed.weights)
-    q, dnorm = packed.q, None
+    dnorm = None
     # zero where rows of the packed tokens are nobody's
     dtokens = TokenGrad(*(torch.zeros_like(x, memory_format=_DENSE) for x in packed[:6]))
     dstate, danchor = [_copy(x) for x in dfinal], [_copy(x) for x in dfinal]
@@ -195,53 +197,35 @@ def backward(
         for running, anchor in zip(dstate, danchor, strict=True):
             running.masked_fill_(~whole, 0.0)
             anchor.masked_fill_(whole, 0.0)
-    state = StateGrad(dstate[:depth], dstate[depth:], danchor[:depth], danchor[depth:])
     if packed.norm is not None:
         dnorm = torch.zeros_like(packed.norm, memory_format=_DENSE)
 
     if dstate[0].numel() and len(tokens.k):
-        scratch = launch.allocate(tokens, state.weights, problem, keep=True)
-        grad = launch_backward.allocate(scratch)
-        dnorm_keys = scratch.a.new_zeros(len(tokens.tail), *grad.norm.shape[1:])
+        scratch = launch.allocate(tokens, dstate[:depth], problem, plan.group, keep=True)
+        grad = launch_backward.allocate(scratch, dtokens, dstate, danchor)
+        query = Queries(packed.q, do, scratch.parts)
         for start in reversed(range(0, plan.most, plan.intervals.blocks)):
-            for first, states in reversed(_starts(plan, packed, kept, start, scratch)):
-                before = [x.to(q.dtype, copy=True) for x in states[1][:depth]]
-                launch.coefficients(tokens, scratch, first, problem)
-                _scan(plan, states, scratch, first)
-                launch.retrieve(q, q, tokens, scratch, first, problem)
-                at = (first, problem)
-                launch_backward.retrieve_backward(do, tokens, scratch, grad, *at)
-                launch_backward.queries_backward(
-                    q, do, tokens, scratch, before, grad, dtokens.q, *at
-                )
-                launch_backward.scan_backward(
-                    q, tokens, scratch, before, grad, state, dtokens.v, dnorm_keys, *at
-                )
-                launch_backward.keys_backward(tokens, scratch, before, grad, dtokens.k, *at)
-                launch_backward.coefficients_backward(tokens, scratch, grad, dtokens[3:], *at)
+            for first, (running, anchor) in reversed(_starts(plan, packed, kept, start, scratch)):
+                before = [x.to(packed.q.dtype, copy=True) for x in anchor]
+                group = scratch.at(running, anchor)
+                launch.coefficients(tokens, group, first, problem)
+                launch.scan(tokens, group, first, problem)
+                launch.retrieve(query, tokens, group, first, problem)
+                group = group.read_from(before)
+                at = (query, tokens, group, grad, first, problem)
+                launch_backward.retrieve_backward(*at)
+                launch_backward.inputs_backward(*at, keys=False)
+                launch_backward.scan_backward(*at)
+                launch_backward.inputs_backward(*at, keys=True)
+                launch_backward.coefficients_backward(tokens, group, grad, first, problem)
                 if dnorm is not None:
                     dnorm += grad.norm.sum(0)
         if dnorm is not None:
-            dnorm += dnorm_keys.sum(0)
+            dnorm += grad.norm_keys.sum(0)
     return [*dtokens, *dstate, *([] if dnorm is None else [dnorm])]
 
 
 States = tuple[list[Tensor], list[Tensor]]  # running and anchor: weights, then momenta
-
-
-def _scan(plan: Plan, states: States, scratch: Scratch, first: int) -> None:
-    """One group; the states go on in place."""
-    running, anchor = states
-    depth = len(running) // 2
-    launch.scan(
-        plan.tokens,
-        running[:depth],
-        running[depth:],
-        (anchor[:depth], anchor[depth:]),
-        scratch,
-        first,
-        plan.problem,
-    )
 
 
 def _starts(
@@ -258,13 +242,13 @@ def _starts(
     running, anchor = tables[:count], tables[count:] or tables[:count]
     found: list[tuple[int, States]] = []
     stop = min(start + plan.intervals.blocks, plan.most)
-    for first in range(start, stop, problem.group):
+    for first in range(start, stop, plan.group):
         if first > start:  # most often an interval is a group
             running = [x.clone() for x in running]
             anchor = running if problem.blocks.span == 1 else [x.clone() for x in anchor]
-            walk = scratch._replace(trace=None)
-            launch.coefficients(plan.tokens, walk, first - problem.group, problem)
-            _scan(plan, (running, anchor), walk, first - problem.group)
+            walk = scratch._replace(keep=False).at(running, anchor)
+            launch.coefficients(plan.tokens, walk, first - plan.group, problem)
+            launch.scan(plan.tokens, walk, first - plan.group, problem)
         found.append((first, (running, anchor)))
     return found
 

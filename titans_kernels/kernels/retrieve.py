@@ -1,174 +1,178 @@
-"""Answers to queries: every token reads with the weights right after itself.
+"""Outputs of queries: every token reads with the weights right after itself.
 
-    y_l = a_t (x W_l) + c_t (x S_l) - sum_{i <= t} G[t, i] (x . X_i) D_i
+    z_l = a_t (h_l W_l) + c_t (h_l S_l) - sum_{i <= t} G[t, i] (h_l . X_l,i) D_l,i
 
-Grid: (slots, heads, BT // BQ), everything parallel, BQ queries to a program. Reads the states,
-inputs and errors that `scan` left.
+where `h_1` is the query and `h_{i_l+1} = act(z_l)`.
+
+Grid: (sequences, blocks, heads x BT // BQ), everything parallel, BQ queries to a program. Reads the
+states, inputs and errors that `scan` left.
 """
 
 import triton
 import triton.language as tl
 
-from .blocks import block_of
+from .blocks import block_of, gates_of, query_of, width_in, width_out
 from .network import activate, head
+from .operands import dot, load, load_t, store_t
 
 
 @triton.jit(do_not_specialize=["group"])
 def retrieve_kernel(
-    p_q,  # [Mq, H, D]
-    p_k,  # [M, H, D]
-    p_x,  # [slots, H, BT, HIDDEN], inputs of the last layer
-    p_d1,  # [slots, H, BT, HIDDEN], errors of the first layer (D wide at depth 1)
-    p_d2,  # [slots, H, BT, D], errors of the last layer
-    p_W1,  # [slots, H, D, HIDDEN]
-    p_S1,
-    p_W2,  # [slots, H, HIDDEN, D]
-    p_S2,
-    p_a,  # [slots, H, L, BT]
-    p_c,
-    p_G,  # [slots, H, L, BT, BT]
+    token,  # Tokens
+    query,  # Queries: o is written or, with KEEP, parts
+    coefficient,  # Coefficients
+    layers,  # Layers
+    query_layers,  # QueryLayers, out: the inputs of layers between two others, with KEEP all
     p_norm,  # [H, 2, D]
-    p_o,  # out [Mq, H, D]
-    p_z,  # or, where the backward pass wants them, out [slots, H, BT, HIDDEN]: first products,
-    p_h,  # what the activation makes of them,
-    p_y,  # [slots, H, BT, D]: last products,
-    p_parts,  # [slots, H, 2, BT, D]: and what of them is W's and S's, before a and c
-    p_bounds,  # [N, 2]
-    p_tail,  # [N] tokens of tails
-    p_ask,  # [N] first query
     group,
     hidden,
-    BLOCKS: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    L: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SPAN: tl.constexpr,
-    BT: tl.constexpr,
-    BQ: tl.constexpr,
-    BD: tl.constexpr,
-    BH: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KEEP: tl.constexpr,
+    sizes,  # Sizes
+    KEEP: tl.constexpr,  # for the backward pass
 ):
-    i_slot, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    first, count, _ = block_of(p_bounds, i_slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
-    o_q = tl.program_id(2) * BQ + tl.arange(0, BQ)
-    if count <= tl.program_id(2) * BQ:
+    H: tl.constexpr = sizes.H
+    D: tl.constexpr = sizes.D
+    BT: tl.constexpr = sizes.BT
+    BQ: tl.constexpr = sizes.BQ
+    LAST: tl.constexpr = sizes.DEPTH - 1
+    i_n, i_block, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) % H
+    start = tl.program_id(2) // H * BQ
+    first, count, _ = block_of(token, i_n, group + i_block, sizes)
+    if count <= start:
         return
-    n = i_slot // BLOCKS
-    # token `first + t` asks query `ask + t`, where there is one
-    before = first - tl.load(p_bounds + 2 * n) - tl.load(p_tail + n)
-    ask = tl.load(p_ask + n) + before
-    o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BH)
+    i_b = (i_n * tl.num_programs(1) + i_block) * H + i_h
+    i_q, before = query_of(token, i_n, first)
+    o_q, o_t, o_d = start + tl.arange(0, BQ), tl.arange(0, BT), tl.arange(0, sizes.BD)
     m_t, m_d = o_t < count, o_d < D
-    m_q = (o_q < count) & (before + o_q >= 0)
-    i_b = i_slot * H + i_h
-    o_bh, o_bd, o_a, o_w = i_b * BT * HIDDEN, i_b * BT * D, i_b * L * BT, i_b * D * HIDDEN
+    m_r, m_q = o_q < count, (o_q < count) & (before + o_q >= 0)
 
-    OP: tl.constexpr = p_k.dtype.element_ty
-    ACC: tl.constexpr = p_G.dtype.element_ty
-    p_q += (ask * H + i_h) * D
-    p_o += (ask * H + i_h) * D
-    p_k += (first * H + i_h) * D
-    o_qd = o_q[None, :] * (H * D) + o_d[:, None]
-    m_qd = m_q[None, :] & m_d[:, None]
-    b_q = tl.load(p_q + o_qd, mask=m_qd, other=0.0)  # [BD, BQ]
-    b_k = tl.load(  # [BT, BD]
-        p_k + o_t[:, None] * (H * D) + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0
-    )
-    b_a = tl.load(p_a + o_a + o_q)
-    b_c = tl.load(p_c + o_a + o_q)
-    b_G = tl.load(p_G + o_a * BT + o_q[None, :] * BT + o_t[:, None])  # [BT, BQ]
-    b_s = tl.dot(b_k, b_q, input_precision=PRECISION, out_dtype=ACC)
-    b_s = (-b_G * b_s).to(OP)  # [BT, BQ]
+    OP: tl.constexpr = token.k.dtype.element_ty
+    ACC: tl.constexpr = coefficient.G.dtype.element_ty
+    o_k = (i_q * H + i_h) * D
+    p_q, p_o = query.q + o_k, query.o + o_k
+    p_k = token.k + (first * H + i_h) * D
+    p_d = layers[LAST].d + i_b * BT * D
+    b_q = load_t(p_q, o_q, m_q, o_d, m_d, H * D)  # [BD, BQ]
+    b_k = load(p_k, o_t, m_t, o_d, m_d, H * D)  # [BT, BD]
+    o_a = i_b * sizes.L * BT
+    b_a, b_c = tl.load(coefficient.a + o_a + o_q), tl.load(coefficient.c + o_a + o_q)
+    b_G = tl.load(coefficient.G + o_a * BT + o_q[None, :] * BT + o_t[:, None])  # [BT, BQ]
+    b_s = (-b_G * dot(b_k, b_q, None, sizes.PRECISION)).to(OP)  # [BT, BQ]
 
-    if DEPTH == 1:
-        b_yW = tl.zeros([BD, BQ], ACC)
-        b_yS = tl.zeros([BD, BQ], ACC)
-        for j in tl.range(0, hidden, BH, disable_licm=True):
-            m_h = j + o_h < D
-            b_x = tl.load(  # [BH, BQ]
-                p_q + o_q[None, :] * (H * D) + (j + o_h)[:, None],
-                mask=m_q[None, :] & m_h[:, None],
-                other=0.0,
-            )
-            o_m = (j + o_h)[None, :] * D + o_d[:, None]
-            m_w = m_h[None, :] & m_d[:, None]
-            b_w = tl.load(p_W1 + o_w + o_m, mask=m_w, other=0.0)  # [BD, BH]
-            b_yW = tl.dot(b_w, b_x, b_yW, input_precision=PRECISION, out_dtype=ACC)
-            b_w = tl.load(p_S1 + o_w + o_m, mask=m_w, other=0.0)
-            b_yS = tl.dot(b_w, b_x, b_yS, input_precision=PRECISION, out_dtype=ACC)
-        b_d1 = tl.load(  # [BD, BT]
-            p_d1 + o_bd + o_t[None, :] * D + o_d[:, None],
-            mask=m_t[None, :] & m_d[:, None],
-            other=0.0,
-        ).to(OP)
-        b_y = b_a[None, :] * b_yW + b_c[None, :] * b_yS
-        b_y = tl.dot(b_d1, b_s, b_y, input_precision=PRECISION, out_dtype=ACC)
+    place = (i_b, o_q, count)
+    b_W = tl.zeros([sizes.BD, BQ], ACC)
+    b_S = tl.zeros([sizes.BD, BQ], ACC)
+    if LAST == 0:
+        b_W, b_S = only_layer(p_q, layers[0], b_W, b_S, i_b, o_q, m_q, hidden, sizes)
     else:
-        i_l = 1 if L > 1 else 0
-        b_yW = tl.zeros([BD, BQ], ACC)
-        b_yS = tl.zeros([BD, BQ], ACC)
-        b_s2 = tl.zeros([BT, BQ], ACC)
-        for j in tl.range(0, hidden, BH, disable_licm=True):
-            m_h = j + o_h < HIDDEN
-            o_w1 = o_d[None, :] * HIDDEN + (j + o_h)[:, None]
-            m_w1 = m_d[None, :] & m_h[:, None]
-            o_x = o_t[None, :] * HIDDEN + (j + o_h)[:, None]
-            m_x = m_t[None, :] & m_h[:, None]
-            b_w = tl.load(p_W1 + o_w + o_w1, mask=m_w1, other=0.0)  # [BH, BD]
-            b_z = b_a[None, :] * tl.dot(b_w, b_q, input_precision=PRECISION, out_dtype=ACC)
-            b_w = tl.load(p_S1 + o_w + o_w1, mask=m_w1, other=0.0)
-            b_z += b_c[None, :] * tl.dot(b_w, b_q, input_precision=PRECISION, out_dtype=ACC)
-            b_d1 = tl.load(p_d1 + o_bh + o_x, mask=m_x, other=0.0).to(OP)  # [BH, BT]
-            b_z = tl.dot(b_d1, b_s, b_z, input_precision=PRECISION, out_dtype=ACC)
-            b_h = activate(b_z, ACTIVATION).to(OP)
-            if KEEP:
-                o_z = o_q[None, :] * HIDDEN + (j + o_h)[:, None]
-                m_z = (o_q < count)[None, :] & m_h[:, None]
-                tl.store(p_z + o_bh + o_z, b_z, mask=m_z)
-                tl.store(p_h + o_bh + o_z, b_h, mask=m_z)
-
-            o_xt = o_t[:, None] * HIDDEN + (j + o_h)[None, :]
-            b_x = tl.load(
-                p_x + o_bh + o_xt, mask=m_t[:, None] & m_h[None, :], other=0.0
-            )  # [BT, BH]
-            b_s2 = tl.dot(b_x, b_h, b_s2, input_precision=PRECISION, out_dtype=ACC)
-            o_w2 = (j + o_h)[None, :] * D + o_d[:, None]
-            m_w2 = m_h[None, :] & m_d[:, None]
-            b_w = tl.load(p_W2 + o_w + o_w2, mask=m_w2, other=0.0)  # [BD, BH]
-            b_yW = tl.dot(b_w, b_h, b_yW, input_precision=PRECISION, out_dtype=ACC)
-            b_w = tl.load(p_S2 + o_w + o_w2, mask=m_w2, other=0.0)
-            b_yS = tl.dot(b_w, b_h, b_yS, input_precision=PRECISION, out_dtype=ACC)
-        # What G and q were loaded for first would fill registers all along. The modifier is the
-        # default of a load: it only keeps the compiler from taking two loads for one.
-        o_a += i_l * BT
-        b_G = tl.load(p_G + o_a * BT + o_q[None, :] * BT + o_t[:, None], cache_modifier=".ca")
-        b_d2 = tl.load(  # [BD, BT]
-            p_d2 + o_bd + o_t[None, :] * D + o_d[:, None],
-            mask=m_t[None, :] & m_d[:, None],
-            other=0.0,
-        ).to(OP)
-        b_s2 = (-b_G * b_s2).to(OP)
-        b_a = tl.load(p_a + o_a + o_q, cache_modifier=".ca")
-        b_c = tl.load(p_c + o_a + o_q, cache_modifier=".ca")
-        b_y = b_a[None, :] * b_yW + b_c[None, :] * b_yS
-        b_y = tl.dot(b_d2, b_s2, b_y, input_precision=PRECISION, out_dtype=ACC)
+        for i_l in tl.static_range(LAST):
+            kept = (query_layers[i_l], query_layers[i_l + 1])
+            near, far = (b_a, b_c, b_s), (b_W, b_S)
+            b_xx, b_W, b_S = hidden_layer(
+                b_q, near, layers[i_l], layers[i_l + 1], kept, far, place, hidden, i_l, sizes, KEEP
+            )
+            # What G, a and c were loaded for first would fill registers all along. The modifier
+            # only keeps the compiler from merging these loads with the first.
+            o_a = (i_b * sizes.L + gates_of(i_l + 1, sizes)) * BT
+            p_G = coefficient.G + o_a * BT
+            b_G = tl.load(p_G + o_q[None, :] * BT + o_t[:, None], cache_modifier=".ca")
+            b_s = (-b_G * b_xx).to(OP)
+            b_a = tl.load(coefficient.a + o_a + o_q, cache_modifier=".ca")
+            b_c = tl.load(coefficient.c + o_a + o_q, cache_modifier=".ca")
+    b_d = load_t(p_d, o_t, m_t, o_d, m_d, D).to(OP)  # [BD, BT]
+    b_y = b_a[None, :] * b_W + b_c[None, :] * b_S
+    b_y = dot(b_d, b_s, b_y, sizes.PRECISION)
 
     if KEEP:
-        o_y = o_q[None, :] * D + o_d[:, None]
-        m_y = (o_q < count)[None, :] & m_d[:, None]
-        tl.store(p_y + o_bd + o_y, b_y, mask=m_y)
-        tl.store(p_parts + 2 * o_bd + o_y, b_yW, mask=m_y)
-        tl.store(p_parts + 2 * o_bd + BT * D + o_y, b_yS, mask=m_y)
+        p_part = query.parts + 2 * i_b * BT * D
+        store_t(query_layers[LAST].z + i_b * BT * D, b_y, o_q, m_r, o_d, m_d, D)
+        store_t(p_part, b_W, o_q, m_r, o_d, m_d, D)
+        store_t(p_part + BT * D, b_S, o_q, m_r, o_d, m_d, D)
     else:
-        b_q = tl.load(p_q + o_qd, mask=m_qd, other=0.0, cache_modifier=".ca")
-        b_o = head(b_y, b_q.to(ACC), p_norm + i_h * 2 * D, o_d, m_d, D, HAS_NORM, RESIDUAL)
-        tl.store(p_o + o_qd, b_o.to(p_o.dtype.element_ty), mask=m_qd)
+        o, m = o_q[None, :] * (H * D) + o_d[:, None], m_q[None, :] & m_d[:, None]
+        b_q = tl.load(p_q + o, mask=m, other=0.0, cache_modifier=".ca")
+        b_o = head(b_y, b_q.to(ACC), p_norm + i_h * 2 * D, o_d, m_d, sizes)
+        tl.store(p_o + o, b_o.to(p_o.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def only_layer(p_q, layer, b_W, b_S, i_b, o_q, m_q, hidden, sizes):
+    """Queries through W and S where there is one layer: its inputs come in slices too."""
+    D: tl.constexpr = sizes.D
+    o_d, o_h = tl.arange(0, sizes.BD), tl.arange(0, sizes.BH)
+    m_d, o_w = o_d < D, i_b * D * D
+    for j in tl.range(0, hidden, sizes.BH, disable_licm=True):
+        m_h = j + o_h < D
+        b_x = load_t(p_q, o_q, m_q, j + o_h, m_h, sizes.H * D)  # [BH, BQ]
+        b_w = load_t(layer.W + o_w, j + o_h, m_h, o_d, m_d, D)  # [BD, BH]
+        b_W = dot(b_w, b_x, b_W, sizes.PRECISION)
+        b_w = load_t(layer.S + o_w, j + o_h, m_h, o_d, m_d, D)
+        b_S = dot(b_w, b_x, b_S, sizes.PRECISION)
+    return b_W, b_S
+
+
+@triton.jit
+def hidden_layer(
+    b_q,  # [BD, BQ], the first layer's input
+    near,  # a, c [BQ], and keys' inputs by queries', weighted, [BT, BQ]
+    layer,
+    above,  # the next layer
+    kept,  # QueryLayers of the two
+    far,  # [BD, BQ], what the last layer's W and S make of the queries
+    place,  # the block in the group, the queries' rows of it, its tokens
+    hidden,
+    i_l: tl.constexpr,
+    sizes,
+    KEEP: tl.constexpr,
+):
+    """Products of a layer that is not the last, and what the next one makes of them.
+
+    That is keys' inputs by queries', [BT, BQ], and where it is the last `far`.
+    """
+    i_b, o_q, count = place
+    b_a, b_c, b_s = near
+    b_W, b_S = far
+    D: tl.constexpr = sizes.D
+    HIDDEN: tl.constexpr = sizes.HIDDEN
+    BT: tl.constexpr = sizes.BT
+    OP: tl.constexpr = b_q.dtype
+    o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, sizes.BD), tl.arange(0, sizes.BH)
+    m_t, m_d, m_r = o_t < count, o_d < D, o_q < count
+    o_b, o_w = i_b * BT * HIDDEN, i_b * width_in(i_l, sizes) * HIDDEN
+    o_y = i_b * HIDDEN * width_out(i_l + 1, sizes)
+    b_xx = tl.zeros([BT, sizes.BQ], b_W.dtype)
+    if i_l > 0:  # reads what the layer below stored
+        tl.debug_barrier()
+    for j in tl.range(0, hidden, sizes.BH, disable_licm=True):
+        m_h = j + o_h < HIDDEN
+        if i_l == 0:
+            b_w = load_t(layer.W + o_w, o_d, m_d, j + o_h, m_h, HIDDEN)  # [BH, BD]
+            b_z = b_a[None, :] * dot(b_w, b_q, None, sizes.PRECISION)  # [BH, BQ]
+            b_w = load_t(layer.S + o_w, o_d, m_d, j + o_h, m_h, HIDDEN)
+            b_z += b_c[None, :] * dot(b_w, b_q, None, sizes.PRECISION)
+        else:
+            b_zW = tl.zeros([sizes.BH, sizes.BQ], b_W.dtype)
+            b_zS = tl.zeros([sizes.BH, sizes.BQ], b_W.dtype)
+            for i in tl.range(0, hidden, sizes.BH, num_stages=1, disable_licm=True):
+                m_i = i + o_h < HIDDEN
+                b_x = load_t(kept[0].h + o_b, o_q, m_r, i + o_h, m_i, HIDDEN)  # [BH, BQ]
+                b_w = load_t(layer.W + o_w, i + o_h, m_i, j + o_h, m_h, HIDDEN)  # [BH, BH]
+                b_zW = dot(b_w, b_x, b_zW, sizes.PRECISION)
+                b_w = load_t(layer.S + o_w, i + o_h, m_i, j + o_h, m_h, HIDDEN)
+                b_zS = dot(b_w, b_x, b_zS, sizes.PRECISION)
+            b_z = b_a[None, :] * b_zW + b_c[None, :] * b_zS
+        b_d = load_t(layer.d + o_b, o_t, m_t, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BT]
+        b_z = dot(b_d, b_s, b_z, sizes.PRECISION)
+        b_h = activate(b_z, sizes.ACTIVATION).to(OP)
+        if KEEP:
+            store_t(kept[0].z + o_b, b_z, o_q, m_r, j + o_h, m_h, HIDDEN)
+        if KEEP or i_l + 2 < sizes.DEPTH:
+            store_t(kept[1].h + o_b, b_h, o_q, m_r, j + o_h, m_h, HIDDEN)
+
+        b_x = load(above.x + o_b, o_t, m_t, j + o_h, m_h, HIDDEN)  # [BT, BH]
+        b_xx = dot(b_x, b_h, b_xx, sizes.PRECISION)
+        if i_l + 2 == sizes.DEPTH:
+            b_w = load_t(above.W + o_y, j + o_h, m_h, o_d, m_d, D)  # [BD, BH]
+            b_W = dot(b_w, b_h, b_W, sizes.PRECISION)
+            b_w = load_t(above.S + o_y, j + o_h, m_h, o_d, m_d, D)
+            b_S = dot(b_w, b_h, b_S, sizes.PRECISION)
+    return b_xx, b_W, b_S

@@ -2,10 +2,13 @@
 
 Inside a block, chunk after chunk, with the coefficients of the weights the chunk starts with:
 
-    z_l = a (x W_l) + c (x S_l) - (G * (x X_l^T)) D_l              over strictly earlier chunks
-    e   = a (d W^T) + c (d S^T) - (G * (d D^T)) X                  d_1 = e * act'(z_1)
+    z_l = a (x_l W_l) + c (x_l S_l) - (G * (x_l X_l^T)) D_l        over strictly earlier chunks
+    e_l = a (d_l W_l^T) + c (d_l S_l^T) - (G * (d_l D_l^T)) X_l
 
-and at its end, in float32, `W' = a W + c S - X^T (G D)`, `S' = p S - X^T (P D)`.
+where `x_1` is the key, `x_{i_l+1} = act(z_l)`, the last `d_l` the gradient of ||f(k) - v||^2, and
+`d_l = e_{i_l+1} act'(z_l)`. At the block's end, in float32,
+
+    W_l' = a W_l + c S_l - X_l^T (G D_l)          S_l' = p S_l - X_l^T (P D_l)
 
 Grid: (sequences, heads). A program walks its blocks of one group. All products of a chunk are
 transposed, the hidden dimension in slices on the rows. What one thread stores others load, so a
@@ -15,342 +18,381 @@ barrier stands between; loops that store what they load are not pipelined.
 import triton
 import triton.language as tl
 
-from .blocks import block_of
+from .blocks import block_of, gates_of, history, start_row, weights_of, width_in, width_out
 from .network import activate, error, slope
-
-
-@triton.jit
-def advance(
-    b_x,  # [BR, BT], inputs of the layer, transposed
-    b_d,  # [BT, BC], errors, not yet rounded
-    p_W,  # the block's state, not rounded
-    p_S,
-    p_W_new,  # where it goes
-    p_S_new,
-    p_W_next,  # where the next block's readers find it
-    p_S_next,
-    p_W_anchor,
-    p_S_anchor,
-    p_end,  # coefficients of the state that is handed on
-    o,  # [BR, BC] offsets of the tile in a matrix
-    m,
-    o_t,
-    NEXT,  # bool: there is a next block in the group
-    ANCHOR,  # bool: the block makes its chunk whole
-    BT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One tile of one layer's state to the block's end."""
-    OP: tl.constexpr = b_x.dtype
-    ACC: tl.constexpr = p_W.dtype.element_ty
-    a, c, p = tl.load(p_end), tl.load(p_end + 1), tl.load(p_end + 2)
-    b_G = tl.load(p_end + 4 + o_t)
-    b_P = tl.load(p_end + 4 + BT + o_t)
-    b_W = tl.load(p_W + o, mask=m, other=0.0)
-    b_S = tl.load(p_S + o, mask=m, other=0.0)
-    b_W = a * b_W + c * b_S
-    b_W = tl.dot(b_x, (-b_G[:, None] * b_d).to(OP), b_W, input_precision=PRECISION, out_dtype=ACC)
-    b_S = p * b_S
-    b_S = tl.dot(b_x, (-b_P[:, None] * b_d).to(OP), b_S, input_precision=PRECISION, out_dtype=ACC)
-    tl.store(p_W_new + o, b_W, mask=m)
-    tl.store(p_S_new + o, b_S, mask=m)
-    if NEXT:
-        tl.store(p_W_next + o, b_W.to(OP), mask=m)
-        tl.store(p_S_next + o, b_S.to(OP), mask=m)
-    if ANCHOR:
-        tl.store(p_W_anchor + o, b_W, mask=m)
-        tl.store(p_S_anchor + o, b_S, mask=m)
+from .operands import dot, load, load_t, store_t
 
 
 @triton.jit(do_not_specialize=["group", "blocks", "chunks"])
 def scan_kernel(
-    p_k,  # [M, H, D]
-    p_v,
-    p_a,  # [slots, H, L, BT]
-    p_c,
-    p_G,  # [slots, H, L, BT, BT]
-    p_end,  # [slots, H, L, 4 + 2 BT]
+    token,  # Tokens
+    coefficient,  # Coefficients
+    layers,  # Layers: all but e are written, with KEEP that too
     p_norm,  # [H, 2, D]
-    p_W1,  # in and out [N, H, D, HIDDEN], running state, not rounded; with KEEP,
-    p_S1,  # [slots, H, D, HIDDEN], that of every block's start
-    p_W2,  # in and out [N, H, HIDDEN, D]; [slots, H, HIDDEN, D]
-    p_S2,
-    p_W1_anchor,  # in and out, the state that an open chunk started with, where chunks span blocks
-    p_S1_anchor,
-    p_W2_anchor,
-    p_S2_anchor,
-    p_z,  # scratch [N, H, BT, HIDDEN]; with KEEP, out [slots, H, BT, HIDDEN], first products
-    p_x,  # out [slots, H, BT, HIDDEN]
-    p_d1,  # out [slots, H, BT, HIDDEN]
-    p_d2,  # out [slots, H, BT, D]
-    p_W1_out,  # out [slots, H, D, HIDDEN], the state at every block's start, rounded
-    p_S1_out,
-    p_W2_out,
-    p_S2_out,
-    p_y,  # where the backward pass wants them, out [slots, H, BT, D], last products
-    p_e,  # [slots, H, BT, HIDDEN], errors behind the activation
-    p_bounds,
-    group,
+    group,  # the first block of the group
     blocks,
-    chunks,
-    hidden,
-    width,  # D, as in scan_backward
-    BLOCKS: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    L: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SPAN: tl.constexpr,
-    BT: tl.constexpr,
-    BC: tl.constexpr,
-    BD: tl.constexpr,
-    BH: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KEEP: tl.constexpr,
+    chunks,  # to a block
+    hidden,  # the hidden width, and
+    width,  # D: where loops over them end, known at run time only
+    sizes,  # Sizes
+    KEEP: tl.constexpr,  # for the backward pass
 ):
+    H: tl.constexpr = sizes.H
     i_n, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o_i, o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, BC), tl.arange(0, BD), tl.arange(0, BH)
-    m_d = o_d < D
-    BU: tl.constexpr = BD if BD < 128 else 128
-    o_u = tl.arange(0, BU)
     i_s = i_n * H + i_h
-    W: tl.constexpr = D * HIDDEN
-    OP: tl.constexpr = p_k.dtype.element_ty
-    ACC: tl.constexpr = p_W1.dtype.element_ty
-    i_l = 1 if L > 1 else 0  # coefficients of the last layer
-    if DEPTH == 1:
-        i_l = 0
-    o_s = i_s * W
+    p_norm += i_h * 2 * sizes.D
 
     for i_block in tl.range(0, blocks, num_stages=1, disable_licm=True):
-        slot = i_n * BLOCKS + i_block
-        first, count, _ = block_of(p_bounds, slot, group, BLOCKS, CHUNK, TOKENS, SPAN)
+        first, count, _ = block_of(token, i_n, group + i_block, sizes)
         if count > 0:
-            i_b = (i_n * BLOCKS + i_block) * H + i_h
-            o_token = ((first + o_i) * H + i_h) * D
-            m_i = o_i < count
-            o_a1, o_a2 = i_b * L * BT, (i_b * L + i_l) * BT
-            o_bh, o_bd, o_z0 = i_b * BT * HIDDEN, i_b * BT * D, (i_b if KEEP else i_s) * BT * HIDDEN
-            if SPAN == 1:
-                p_w1, p_s1 = p_W1_out + i_b * W, p_S1_out + i_b * W
-                p_w2, p_s2 = p_W2_out + i_b * W, p_S2_out + i_b * W
-            else:
-                p_w1, p_s1 = p_W1_anchor + o_s, p_S1_anchor + o_s
-                p_w2, p_s2 = p_W2_anchor + o_s, p_S2_anchor + o_s
-
-            # x W_1 and x S_1 do not depend on the order of chunks: one product for the block.
-            o_row = o_i // CHUNK * CHUNK - 1 if SPAN == 1 else o_i * 0 - 1
-            b_a = tl.load(p_a + o_a1 + o_row, mask=o_row >= 0, other=1.0)  # [BT]
-            b_c = tl.load(p_c + o_a1 + o_row, mask=o_row >= 0, other=0.0)
-            b_k = tl.load(  # [BD, BT]
-                p_k + o_token[None, :] + o_d[:, None], mask=m_i[None, :] & m_d[:, None], other=0.0
-            )
-            for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-                m_h = j + o_h < HIDDEN
-                o_w = o_d[None, :] * HIDDEN + (j + o_h)[:, None]
-                m_w = m_d[None, :] & m_h[:, None]
-                b_w = tl.load(p_w1 + o_w, mask=m_w, other=0.0).to(OP)  # [BH, BD]
-                b_z = b_a[None, :] * tl.dot(b_w, b_k, input_precision=PRECISION, out_dtype=ACC)
-                b_w = tl.load(p_s1 + o_w, mask=m_w, other=0.0).to(OP)
-                b_z += b_c[None, :] * tl.dot(b_w, b_k, input_precision=PRECISION, out_dtype=ACC)
-                o_z = o_i[None, :] * HIDDEN + (j + o_h)[:, None]
-                tl.store(p_z + o_z0 + o_z, b_z, mask=m_i[None, :] & m_h[:, None])
+            i_b = (i_n * blocks + i_block) * H + i_h
+            o_k = (first * H + i_h) * sizes.D
+            p_k, p_v = token.k + o_k, token.v + o_k
+            i_w = i_b if sizes.SPAN == 1 else i_s  # of the state that keys read
+            place = (i_b, i_w, i_b if KEEP else i_s)
+            first_products(p_k, layers[0], coefficient, place, count, hidden, sizes)
             tl.debug_barrier()
-
             for r in tl.range(0, chunks, num_stages=1, disable_licm=True):
-                o_c = r * CHUNK + o_t  # [BC], the chunk's rows of the block
-                m_c = (o_t < CHUNK) & (o_c < count)
-                m_p = (o_i < r * CHUNK) & m_i  # [BT], earlier chunks
-                row = r * CHUNK - 1  # state that the chunk starts with; -1 is the block's start
-                b_kc = tl.load(  # [BD, BC]
-                    p_k + ((first + o_c) * H + i_h)[None, :] * D + o_d[:, None],
-                    mask=m_c[None, :] & m_d[:, None],
-                    other=0.0,
+                chunk_of_keys(
+                    p_k, p_v, layers, coefficient, p_norm, place, count, r, hidden, sizes, KEEP
                 )
-                b_vc = tl.load(
-                    p_v + ((first + o_c) * H + i_h)[None, :] * D + o_d[:, None],
-                    mask=m_c[None, :] & m_d[:, None],
-                    other=0.0,
-                )
-                b_kp = tl.load(  # [BT, BD]
-                    p_k + o_token[:, None] + o_d[None, :],
-                    mask=m_p[:, None] & m_d[None, :],
-                    other=0.0,
-                )
-                b_g1 = -tl.load(p_G + o_a1 * BT + row * BT + o_i, mask=m_p, other=0.0)  # [BT]
-                b_s = tl.dot(b_kp, b_kc, input_precision=PRECISION, out_dtype=ACC)
-                b_s = (b_g1[:, None] * b_s).to(OP)  # [BT, BC]
-
-                o_yc = o_c[None, :] * D + o_d[:, None]
-                m_yc = m_c[None, :] & m_d[:, None]
-                m_yp = m_p[None, :] & m_d[:, None]
-                o_yp = o_i[None, :] * D + o_d[:, None]
-                if DEPTH == 1:
-                    b_y = tl.load(p_z + o_z0 + o_yc, mask=m_yc, other=0.0)  # [BD, BC]
-                    b_d = tl.load(p_d2 + o_bd + o_yp, mask=m_yp, other=0.0).to(OP)  # [BD, BT]
-                    b_y = tl.dot(b_d, b_s, b_y, input_precision=PRECISION, out_dtype=ACC)
-                else:
-                    a2 = tl.load(p_a + o_a2 + row, mask=row >= 0, other=1.0)
-                    c2 = tl.load(p_c + o_a2 + row, mask=row >= 0, other=0.0)
-                    b_g2 = -tl.load(p_G + o_a2 * BT + row * BT + o_i, mask=m_p, other=0.0)
-                    b_y = tl.zeros([BD, BC], ACC)
-                    b_s2 = tl.zeros([BT, BC], ACC)
-                    for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-                        m_h = j + o_h < HIDDEN
-                        o_x = o_c[None, :] * HIDDEN + (j + o_h)[:, None]
-                        m_x = m_c[None, :] & m_h[:, None]
-                        o_p = o_i[None, :] * HIDDEN + (j + o_h)[:, None]
-                        m_hp = m_p[None, :] & m_h[:, None]
-                        b_d = tl.load(p_d1 + o_bh + o_p, mask=m_hp, other=0.0).to(OP)  # [BH, BT]
-                        b_z = tl.load(p_z + o_z0 + o_x, mask=m_x, other=0.0)  # [BH, BC]
-                        b_z = tl.dot(b_d, b_s, b_z, input_precision=PRECISION, out_dtype=ACC)
-                        tl.store(p_z + o_z0 + o_x, b_z, mask=m_x)
-                        b_h = activate(b_z, ACTIVATION)
-                        tl.store(p_x + o_bh + o_x, b_h.to(OP), mask=m_x)
-
-                        b_x = tl.load(  # [BT, BH]
-                            p_x + o_bh + o_i[:, None] * HIDDEN + (j + o_h)[None, :],
-                            mask=m_p[:, None] & m_h[None, :],
-                            other=0.0,
-                        )
-                        b_s2 = tl.dot(
-                            b_x, b_h.to(OP), b_s2, input_precision=PRECISION, out_dtype=ACC
-                        )
-                        o_w = (j + o_h)[None, :] * D + o_d[:, None]
-                        m_w = m_h[None, :] & m_d[:, None]
-                        b_w = tl.load(p_w2 + o_w, mask=m_w, other=0.0).to(OP)  # [BD, BH]
-                        b_ah = (a2 * b_h).to(OP)
-                        b_y = tl.dot(b_w, b_ah, b_y, input_precision=PRECISION, out_dtype=ACC)
-                        b_w = tl.load(p_s2 + o_w, mask=m_w, other=0.0).to(OP)
-                        b_ch = (c2 * b_h).to(OP)
-                        b_y = tl.dot(b_w, b_ch, b_y, input_precision=PRECISION, out_dtype=ACC)
-                    b_d = tl.load(p_d2 + o_bd + o_yp, mask=m_yp, other=0.0).to(OP)  # [BD, BT]
-                    b_s2 = (b_g2[:, None] * b_s2).to(OP)
-                    b_y = tl.dot(b_d, b_s2, b_y, input_precision=PRECISION, out_dtype=ACC)
-
-                if KEEP:
-                    tl.store(p_y + o_bd + o_yc, b_y, mask=m_yc)
-                b_e = error(
-                    b_y,
-                    b_kc.to(ACC),
-                    b_vc.to(ACC),
-                    p_norm + i_h * 2 * D,
-                    o_d,
-                    m_d,
-                    D,
-                    HAS_NORM,
-                    RESIDUAL,
-                )  # [BD, BC]
-                tl.store(p_d2 + o_bd + o_yc, b_e, mask=m_yc)
-                if DEPTH == 2:
-                    b_d = tl.load(  # [BT, BD]
-                        p_d2 + o_bd + o_i[:, None] * D + o_d[None, :],
-                        mask=m_p[:, None] & m_d[None, :],
-                        other=0.0,
-                    ).to(OP)
-                    b_s2 = tl.dot(b_d, b_e.to(OP), input_precision=PRECISION, out_dtype=ACC)
-                    b_s2 = (b_g2[:, None] * b_s2).to(OP)  # [BT, BC]
-                    b_ae, b_ce = (a2 * b_e).to(OP), (c2 * b_e).to(OP)
-                    tl.debug_barrier()
-                    for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-                        m_h = j + o_h < HIDDEN
-                        o_w = (j + o_h)[:, None] * D + o_d[None, :]
-                        m_w = m_h[:, None] & m_d[None, :]
-                        b_w = tl.load(p_w2 + o_w, mask=m_w, other=0.0).to(OP)  # [BH, BD]
-                        b_h = tl.dot(b_w, b_ae, input_precision=PRECISION, out_dtype=ACC)
-                        b_w = tl.load(p_s2 + o_w, mask=m_w, other=0.0).to(OP)
-                        b_h = tl.dot(b_w, b_ce, b_h, input_precision=PRECISION, out_dtype=ACC)
-                        o_p = o_i[None, :] * HIDDEN + (j + o_h)[:, None]
-                        m_hp = m_p[None, :] & m_h[:, None]
-                        b_x = tl.load(p_x + o_bh + o_p, mask=m_hp, other=0.0)  # [BH, BT]
-                        b_h = tl.dot(b_x, b_s2, b_h, input_precision=PRECISION, out_dtype=ACC)
-                        o_x = o_c[None, :] * HIDDEN + (j + o_h)[:, None]
-                        m_x = m_c[None, :] & m_h[:, None]
-                        b_z = tl.load(p_z + o_z0 + o_x, mask=m_x, other=0.0)
-                        if KEEP:
-                            tl.store(p_e + o_bh + o_x, b_h, mask=m_x)
-                        b_h = b_h * slope(b_z, ACTIVATION)
-                        tl.store(p_d1 + o_bh + o_x, b_h, mask=m_x)
                 tl.debug_barrier()
 
-            more = i_block + 1 < BLOCKS
-            i_x = i_b + H if more else i_b
-            o_old, o_new = (i_b * W, i_x * W) if KEEP else (o_s, o_s)
-            whole = (SPAN > 1) & ((group + i_block + 1) % SPAN == 0)
-            if SPAN > 1:  # the last block of a chunk that lacks tokens does not make it whole
-                whole = whole & (count == CHUNK - (SPAN - 1) * TOKENS)
-            # Where the backward pass wants states of the group, it has that of the next.
-            until = width if more | (not KEEP) else 0
-            # Parts of D by slices of the hidden dimension: W and S of a tile fit in registers.
-            for i in tl.range(0, until, BU, num_stages=1, disable_licm=True):
-                m_u = i + o_u < D
-                b_ku = tl.load(  # [BU, BT]
-                    p_k + o_token[None, :] + (i + o_u)[:, None],
-                    mask=m_i[None, :] & m_u[:, None],
-                    other=0.0,
-                )
-                for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-                    m_h = j + o_h < HIDDEN
-                    b_d1 = tl.load(  # [BT, BH]
-                        p_d1 + o_bh + o_i[:, None] * HIDDEN + (j + o_h)[None, :],
-                        mask=m_i[:, None] & m_h[None, :],
-                        other=0.0,
-                    )
-                    advance(
-                        b_ku,
-                        b_d1,
-                        p_W1 + o_old,
-                        p_S1 + o_old,
-                        p_W1 + o_new,
-                        p_S1 + o_new,
-                        p_W1_out + i_x * W,
-                        p_S1_out + i_x * W,
-                        p_W1_anchor + o_s,
-                        p_S1_anchor + o_s,
-                        p_end + i_b * L * (4 + 2 * BT),
-                        (i + o_u)[:, None] * HIDDEN + (j + o_h)[None, :],
-                        m_u[:, None] & m_h[None, :],
-                        o_i,
-                        more,
-                        whole,
-                        BT,
-                        PRECISION,
-                    )
-                    if DEPTH == 2:
-                        b_x = tl.load(  # [BH, BT]
-                            p_x + o_bh + o_i[None, :] * HIDDEN + (j + o_h)[:, None],
-                            mask=m_i[None, :] & m_h[:, None],
-                            other=0.0,
-                        )
-                        b_d2 = tl.load(  # [BT, BU]
-                            p_d2 + o_bd + o_i[:, None] * D + (i + o_u)[None, :],
-                            mask=m_i[:, None] & m_u[None, :],
-                            other=0.0,
-                        )
-                        advance(
-                            b_x,
-                            b_d2,
-                            p_W2 + o_old,
-                            p_S2 + o_old,
-                            p_W2 + o_new,
-                            p_S2 + o_new,
-                            p_W2_out + i_x * W,
-                            p_S2_out + i_x * W,
-                            p_W2_anchor + o_s,
-                            p_S2_anchor + o_s,
-                            p_end + (i_b * L + i_l) * (4 + 2 * BT),
-                            (j + o_h)[:, None] * D + (i + o_u)[None, :],
-                            m_h[:, None] & m_u[None, :],
-                            o_i,
-                            more,
-                            whole,
-                            BT,
-                            PRECISION,
-                        )
+            more = i_block + 1 < blocks
+            whole = (sizes.SPAN > 1) & ((group + i_block + 1) % sizes.SPAN == 0)
+            if sizes.SPAN > 1:  # the last block of a chunk that lacks tokens does not make it whole
+                whole = whole & (count == sizes.CHUNK - (sizes.SPAN - 1) * sizes.TOKENS)
+            for i_l in tl.static_range(sizes.DEPTH):
+                o_end = (i_b * sizes.L + gates_of(i_l, sizes)) * (4 + 2 * sizes.BT)
+                to = (coefficient.end + o_end, i_s, i_b, more, whole)
+                advance(p_k, layers[i_l], to, count, hidden, width, i_l, sizes, KEEP)
             tl.debug_barrier()
+
+
+@triton.jit
+def first_products(p_k, layer, coefficient, place, count, hidden, sizes):
+    """`a (k W) + c (k S)` does not depend on the order of chunks: one product for the block."""
+    i_b, i_w, i_z = place
+    D: tl.constexpr = sizes.D
+    BT: tl.constexpr = sizes.BT
+    BH: tl.constexpr = sizes.BH
+    OUT: tl.constexpr = sizes.HIDDEN
+    OP: tl.constexpr = p_k.dtype.element_ty
+    o_i, o_d, o_h = tl.arange(0, BT), tl.arange(0, sizes.BD), tl.arange(0, BH)
+    m_i, m_d = o_i < count, o_d < D
+    if sizes.SPAN == 1:
+        p_W, p_S = layer.W + i_w * D * OUT, layer.S + i_w * D * OUT
+    else:
+        p_W, p_S = layer.W_anchor + i_w * D * OUT, layer.S_anchor + i_w * D * OUT
+    p_z = layer.z + i_z * BT * OUT
+    o_row = start_row(o_i, sizes)
+    o_a = i_b * sizes.L * BT
+    b_a = tl.load(coefficient.a + o_a + o_row, mask=o_row >= 0, other=1.0)  # [BT]
+    b_c = tl.load(coefficient.c + o_a + o_row, mask=o_row >= 0, other=0.0)
+    b_k = load_t(p_k, o_i, m_i, o_d, m_d, sizes.H * D)  # [BD, BT]
+    for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
+        m_h = j + o_h < OUT
+        b_w = load_t(p_W, o_d, m_d, j + o_h, m_h, OUT).to(OP)  # [BH, BD]
+        b_z = b_a[None, :] * dot(b_w, b_k, None, sizes.PRECISION)
+        b_w = load_t(p_S, o_d, m_d, j + o_h, m_h, OUT).to(OP)
+        b_z += b_c[None, :] * dot(b_w, b_k, None, sizes.PRECISION)
+        store_t(p_z, b_z, o_i, m_i, j + o_h, m_h, OUT)
+
+
+@triton.jit
+def chunk_of_keys(
+    p_k,  # [BT, D], the block's tokens
+    p_v,
+    layers,
+    coefficient,
+    p_norm,  # [2, D]
+    place,  # of the block: in the group, of the state that its keys read, of their products
+    count,
+    r,  # which chunk of the block
+    hidden,
+    sizes,
+    KEEP: tl.constexpr,
+):
+    """The memory's products on a chunk, then its errors, back through the layers."""
+    D: tl.constexpr = sizes.D
+    BT: tl.constexpr = sizes.BT
+    LAST: tl.constexpr = sizes.DEPTH - 1
+    ACC: tl.constexpr = coefficient.a.dtype.element_ty
+    OP: tl.constexpr = p_k.dtype.element_ty
+    i_b, _, i_z = place
+    row = r * sizes.CHUNK - 1  # of the state that the chunk starts with; -1 is the block's start
+    o_i, o_t, o_d = tl.arange(0, BT), tl.arange(0, sizes.BC), tl.arange(0, sizes.BD)
+    o_c = r * sizes.CHUNK + o_t  # [BC], the chunk's rows of the block
+    m_c, m_p = (o_t < sizes.CHUNK) & (o_c < count), (o_i < r * sizes.CHUNK) & (o_i < count)
+    m_d, rows = o_d < D, (row, o_c, m_c, m_p)
+    b_k = load_t(p_k, o_c, m_c, o_d, m_d, sizes.H * D)  # [BD, BC]
+    b_v = load_t(p_v, o_c, m_c, o_d, m_d, sizes.H * D)
+    b_p = load(p_k, o_i, m_p, o_d, m_d, sizes.H * D)  # [BT, BD]
+    b_g = history(coefficient, i_b, row, m_p, 0, sizes)
+    b_s = (b_g[:, None] * dot(b_p, b_k, None, sizes.PRECISION)).to(OP)  # [BT, BC]
+
+    p_d = layers[LAST].d + i_b * BT * D
+    p_y = layers[LAST].z + i_z * BT * D
+    if LAST == 0:
+        b_y = load_t(p_y, o_c, m_c, o_d, m_d, D)  # [BD, BC]
+        if KEEP:  # stored below
+            tl.debug_barrier()
+    else:
+        b_y = tl.zeros([sizes.BD, sizes.BC], ACC)
+        for i_l in tl.static_range(LAST):
+            b_s, b_y = hidden_layer(
+                layers[i_l], layers[i_l + 1], coefficient, b_s, b_y, place, rows, hidden, i_l, sizes
+            )
+    b_d = load_t(p_d, o_i, m_p, o_d, m_d, D).to(OP)  # [BD, BT]
+    b_y = dot(b_d, b_s, b_y, sizes.PRECISION)
+    if KEEP:
+        store_t(p_y, b_y, o_c, m_c, o_d, m_d, D)
+
+    b_e = error(b_y, b_k.to(ACC), b_v.to(ACC), p_norm, o_d, m_d, sizes)  # [BD, BC]
+    store_t(p_d, b_e, o_c, m_c, o_d, m_d, D)
+    if LAST > 0:
+        b_d = load(p_d, o_i, m_p, o_d, m_d, D).to(OP)  # [BT, BD]
+        b_s = dot(b_d, b_e.to(OP), None, sizes.PRECISION)  # [BT, BC]
+        for back in tl.static_range(LAST):
+            below, layer = layers[LAST - back - 1], layers[LAST - back]
+            b_s = hidden_errors(
+                below, layer, coefficient, b_s, b_e, place, rows, hidden, LAST - back, sizes, KEEP
+            )
+
+
+@triton.jit
+def hidden_layer(
+    layer,
+    above,  # the next layer
+    coefficient,
+    b_s,  # [BT, BC], earlier inputs by the chunk's, weighted
+    b_y,  # [BD, BC]
+    place,
+    rows,  # the row of coefficients, the chunk's rows of the block, their mask, that of earlier ones
+    hidden,
+    i_l: tl.constexpr,
+    sizes,
+):
+    """Products of a layer that is not the last, and what the next one makes of them.
+
+    That is b_s of the next layer and, where it is the last, `a (x W) + c (x S)` in b_y.
+    """
+    i_b, i_w, i_z = place
+    row, o_c, m_c, m_p = rows
+    D: tl.constexpr = sizes.D
+    HIDDEN: tl.constexpr = sizes.HIDDEN
+    BT: tl.constexpr = sizes.BT
+    BH: tl.constexpr = sizes.BH
+    OP: tl.constexpr = above.x.dtype.element_ty
+    o_i, o_d, o_h = tl.arange(0, BT), tl.arange(0, sizes.BD), tl.arange(0, BH)
+    m_d = o_d < D
+    p_z, p_d = layer.z + i_z * BT * HIDDEN, layer.d + i_b * BT * HIDDEN
+    p_x = above.x + i_b * BT * HIDDEN
+    if i_l > 0:  # x and z of the layer below
+        tl.debug_barrier()
+    p_W, p_S = state_of(above, i_w, i_l + 1, sizes)
+    a, c = weights_of(coefficient, i_b, row, i_l + 1, sizes)
+    b_g = history(coefficient, i_b, row, m_p, i_l + 1, sizes)
+    b_xx = tl.zeros([BT, sizes.BC], b_y.dtype)
+    for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
+        m_h = j + o_h < HIDDEN
+        b_d = load_t(p_d, o_i, m_p, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BT]
+        if i_l == 0:
+            b_z = load_t(p_z, o_c, m_c, j + o_h, m_h, HIDDEN)  # [BH, BC]
+        else:
+            b_z = products(layer, coefficient, place, rows, j, hidden, i_l, sizes)
+        b_z = dot(b_d, b_s, b_z, sizes.PRECISION)
+        store_t(p_z, b_z, o_c, m_c, j + o_h, m_h, HIDDEN)
+        b_h = activate(b_z, sizes.ACTIVATION)
+        store_t(p_x, b_h, o_c, m_c, j + o_h, m_h, HIDDEN)
+
+        b_x = load(p_x, o_i, m_p, j + o_h, m_h, HIDDEN)  # [BT, BH]
+        b_xx = dot(b_x, b_h.to(OP), b_xx, sizes.PRECISION)
+        if i_l + 2 == sizes.DEPTH:
+            b_w = load_t(p_W, j + o_h, m_h, o_d, m_d, D).to(OP)  # [BD, BH]
+            b_y = dot(b_w, (a * b_h).to(OP), b_y, sizes.PRECISION)
+            b_w = load_t(p_S, j + o_h, m_h, o_d, m_d, D).to(OP)
+            b_y = dot(b_w, (c * b_h).to(OP), b_y, sizes.PRECISION)
+    return (b_g[:, None] * b_xx).to(OP), b_y
+
+
+@triton.jit
+def products(layer, coefficient, place, rows, j, hidden, i_l: tl.constexpr, sizes):
+    """A slice of `a (x W) + c (x S)` between two hidden layers, [BH, BC]."""
+    i_b, i_w, _ = place
+    row, o_c, m_c, _ = rows
+    HIDDEN: tl.constexpr = sizes.HIDDEN
+    BH: tl.constexpr = sizes.BH
+    OP: tl.constexpr = layer.x.dtype.element_ty
+    ACC: tl.constexpr = coefficient.a.dtype.element_ty
+    o_h = tl.arange(0, BH)
+    m_h = j + o_h < HIDDEN
+    p_W, p_S = state_of(layer, i_w, i_l, sizes)
+    p_x = layer.x + i_b * sizes.BT * HIDDEN
+    a, c = weights_of(coefficient, i_b, row, i_l, sizes)
+    b_z = tl.zeros([BH, sizes.BC], ACC)
+    for i in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
+        m_i = i + o_h < HIDDEN
+        b_x = load_t(p_x, o_c, m_c, i + o_h, m_i, HIDDEN).to(ACC)  # [BH, BC]
+        b_w = load_t(p_W, i + o_h, m_i, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BH]
+        b_z = dot(b_w, (a * b_x).to(OP), b_z, sizes.PRECISION)
+        b_w = load_t(p_S, i + o_h, m_i, j + o_h, m_h, HIDDEN).to(OP)
+        b_z = dot(b_w, (c * b_x).to(OP), b_z, sizes.PRECISION)
+    return b_z
+
+
+@triton.jit
+def state_of(layer, i_w, i_l: tl.constexpr, sizes):
+    """The state that keys read: the block's, or that of the chunk it is a part of."""
+    o = i_w * width_in(i_l, sizes) * width_out(i_l, sizes)
+    if sizes.SPAN == 1:
+        return layer.W + o, layer.S + o
+    else:
+        return layer.W_anchor + o, layer.S_anchor + o
+
+
+@triton.jit
+def hidden_errors(
+    below,  # the layer before
+    layer,
+    coefficient,
+    b_s,  # [BT, BC], earlier errors of the layer by the chunk's
+    b_e,  # [BD, BC], the last layer's errors
+    place,
+    rows,  # the row of coefficients, the chunk's rows of the block, their mask, that of earlier ones
+    hidden,
+    i_l: tl.constexpr,
+    sizes,
+    KEEP: tl.constexpr,
+):
+    """Errors of a layer's inputs, then of the products below it; returns b_s of those."""
+    i_b, i_w, i_z = place
+    row, o_c, m_c, m_p = rows
+    D: tl.constexpr = sizes.D
+    HIDDEN: tl.constexpr = sizes.HIDDEN
+    BT: tl.constexpr = sizes.BT
+    BH: tl.constexpr = sizes.BH
+    OP: tl.constexpr = layer.x.dtype.element_ty
+    ACC: tl.constexpr = b_s.dtype
+    o_i, o_d, o_h = tl.arange(0, BT), tl.arange(0, sizes.BD), tl.arange(0, BH)
+    m_d = o_d < D
+    p_x, p_e = layer.x + i_b * BT * HIDDEN, layer.e + i_b * BT * HIDDEN
+    p_z, p_d = below.z + i_z * BT * HIDDEN, below.d + i_b * BT * HIDDEN
+    p_W, p_S = state_of(layer, i_w, i_l, sizes)
+    a, c = weights_of(coefficient, i_b, row, i_l, sizes)
+    b_g = history(coefficient, i_b, row, m_p, i_l, sizes)
+    b_s = (b_g[:, None] * b_s).to(OP)
+    if i_l + 1 == sizes.DEPTH:
+        b_ae, b_ce = (a * b_e).to(OP), (c * b_e).to(OP)
+    b_dd = tl.zeros([BT, sizes.BC], ACC)
+    tl.debug_barrier()
+    for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
+        m_h = j + o_h < HIDDEN
+        if i_l + 1 == sizes.DEPTH:
+            b_w = load(p_W, j + o_h, m_h, o_d, m_d, D).to(OP)  # [BH, BD]
+            b_h = dot(b_w, b_ae, None, sizes.PRECISION)
+            b_w = load(p_S, j + o_h, m_h, o_d, m_d, D).to(OP)
+            b_h = dot(b_w, b_ce, b_h, sizes.PRECISION)
+        else:
+            b_h = tl.zeros([BH, sizes.BC], ACC)
+            for i in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
+                m_i = i + o_h < HIDDEN
+                p_o = layer.d + i_b * BT * HIDDEN
+                b_d = load_t(p_o, o_c, m_c, i + o_h, m_i, HIDDEN)  # [BH, BC]
+                b_w = load(p_W, j + o_h, m_h, i + o_h, m_i, HIDDEN).to(OP)  # [BH, BH]
+                b_h = dot(b_w, (a * b_d).to(OP), b_h, sizes.PRECISION)
+                b_w = load(p_S, j + o_h, m_h, i + o_h, m_i, HIDDEN).to(OP)
+                b_h = dot(b_w, (c * b_d).to(OP), b_h, sizes.PRECISION)
+        b_x = load_t(p_x, o_i, m_p, j + o_h, m_h, HIDDEN)  # [BH, BT]
+        b_h = dot(b_x, b_s, b_h, sizes.PRECISION)
+        b_z = load_t(p_z, o_c, m_c, j + o_h, m_h, HIDDEN)
+        if KEEP:
+            store_t(p_e, b_h, o_c, m_c, j + o_h, m_h, HIDDEN)
+        b_h = b_h * slope(b_z, sizes.ACTIVATION)
+        store_t(p_d, b_h, o_c, m_c, j + o_h, m_h, HIDDEN)
+        if i_l > 1:
+            b_d = load(p_d, o_i, m_p, j + o_h, m_h, HIDDEN).to(OP)  # [BT, BH]
+            b_dd = dot(b_d, b_h.to(OP), b_dd, sizes.PRECISION)
+    return b_dd
+
+
+@triton.jit
+def advance(
+    p_k,
+    layer,
+    to,  # coefficients of the state handed on; the sequence, the block; whether there is a next
+    count,  # block in the group, and whether this one makes its chunk whole
+    hidden,
+    width,
+    i_l: tl.constexpr,
+    sizes,
+    KEEP: tl.constexpr,
+):
+    """A layer's state to the block's end, by tiles of which W and S fit in registers."""
+    IN: tl.constexpr = width_in(i_l, sizes)
+    OUT: tl.constexpr = width_out(i_l, sizes)
+    BT: tl.constexpr = sizes.BT
+    BH: tl.constexpr = sizes.BH
+    BU: tl.constexpr = sizes.BD if sizes.BD < 128 else 128
+    SIDE: tl.constexpr = IN if i_l == 0 else OUT  # the one that BU divides
+    _, _, i_b, more, _ = to
+    o_i, o_u, o_h = tl.arange(0, BT), tl.arange(0, BU), tl.arange(0, BH)
+    m_i = o_i < count
+    p_x, p_d = layer.x + i_b * BT * IN, layer.d + i_b * BT * OUT
+    # With KEEP the group has a state for every block, and that of the next group is not its own.
+    until = (width if SIDE == sizes.D else hidden) if more | (not KEEP) else 0
+    for i in tl.range(0, until, BU, num_stages=1, disable_licm=True):
+        m_u = i + o_u < SIDE
+        if i_l == 0:
+            b_x = load_t(p_k, o_i, m_i, i + o_u, m_u, sizes.H * sizes.D)  # [BU, BT]
+        for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
+            m_h = j + o_h < sizes.HIDDEN
+            if i_l == 0:
+                b_d = load(p_d, o_i, m_i, j + o_h, m_h, OUT)  # [BT, BH]
+                o = (i + o_u)[:, None] * OUT + (j + o_h)[None, :]
+                m = m_u[:, None] & m_h[None, :]
+                advance_tile(b_x, b_d, layer, to, o, m, i_l, sizes, KEEP)
+            else:
+                b_h = load_t(p_x, o_i, m_i, j + o_h, m_h, IN)  # [BH, BT]
+                b_d = load(p_d, o_i, m_i, i + o_u, m_u, OUT)  # [BT, BU]
+                o = (j + o_h)[:, None] * OUT + (i + o_u)[None, :]
+                m = m_h[:, None] & m_u[None, :]
+                advance_tile(b_h, b_d, layer, to, o, m, i_l, sizes, KEEP)
+
+
+@triton.jit
+def advance_tile(
+    b_x,  # [rows, BT], inputs, transposed
+    b_d,  # [BT, columns], errors, not yet rounded
+    layer,
+    to,
+    o,  # [rows, columns], offsets in a matrix
+    m,
+    i_l: tl.constexpr,
+    sizes,
+    KEEP: tl.constexpr,
+):
+    W: tl.constexpr = width_in(i_l, sizes) * width_out(i_l, sizes)
+    BT: tl.constexpr = sizes.BT
+    OP: tl.constexpr = b_x.dtype
+    p_end, i_s, i_b, more, whole = to
+    i_x = i_b + sizes.H if more else i_b  # where the next block's readers find it
+    o_old, o_new = (i_b * W, i_x * W) if KEEP else (i_s * W, i_s * W)
+    o_t = tl.arange(0, BT)
+    a, c, p = tl.load(p_end), tl.load(p_end + 1), tl.load(p_end + 2)
+    b_G = tl.load(p_end + 4 + o_t)
+    b_P = tl.load(p_end + 4 + BT + o_t)
+    b_W = tl.load(layer.W_exact + o_old + o, mask=m, other=0.0)
+    b_S = tl.load(layer.S_exact + o_old + o, mask=m, other=0.0)
+    b_W = a * b_W + c * b_S
+    b_W = dot(b_x, (-b_G[:, None] * b_d).to(OP), b_W, sizes.PRECISION)
+    b_S = p * b_S
+    b_S = dot(b_x, (-b_P[:, None] * b_d).to(OP), b_S, sizes.PRECISION)
+    tl.store(layer.W_exact + o_new + o, b_W, mask=m)
+    tl.store(layer.S_exact + o_new + o, b_S, mask=m)
+    if more:
+        tl.store(layer.W + i_x * W + o, b_W.to(OP), mask=m)
+        tl.store(layer.S + i_x * W + o, b_S.to(OP), mask=m)
+    if whole:
+        tl.store(layer.W_anchor + i_s * W + o, b_W, mask=m)
+        tl.store(layer.S_anchor + i_s * W + o, b_S, mask=m)

@@ -1,0 +1,337 @@
+"""A chunk of `scan` backwards: gradients of its keys' products, inputs and errors.
+
+With the coefficients (a, c, G) of the weights the chunk starts with,
+`pull(x) = a (x W) + c (x S) - (G * (x X^T)) D` and `push(d)` its transpose, what a chunk computes,
+
+    z_l = pull_l(x_l)     x_{i_l+1} = act(z_l)     d = error(y)     e_l = push_l(d_l)
+    d_{i_l-1} = e_l act'(z_{i_l-1})
+
+has these gradients, layer by layer up to the last one and then down again:
+
+    de_l = dd_{i_l-1} act'(z_{i_l-1})          dd_l += pull_l(de_l)          dy = error'(dd)
+    dx_l += push_l(dz_l)                   dz_{i_l-1} = dd_{i_l-1} e_l act''(z_{i_l-1}) + dx_l act'(z_{i_l-1})
+
+where dd_l and dx_l have what every later chunk gave them: (de_l, d_l) and (x_l, dz_l) read layer i_l,
+and a reader (h, g) gives the rows of its history
+
+    dX_i -= G_i (g . D_i) h          dD_i -= G_i (h . X_i) g
+"""
+
+import triton
+import triton.language as tl
+
+from .blocks import gates_of, history, weights_of, width_in, width_out
+from .network import curvature, error_backward, slope
+from .operands import dot, load, load_t, store_t
+
+
+@triton.jit
+def chunk_backward(
+    tokens,  # the block's keys, values, and the gradient of these, [BT, D]
+    layers,
+    coefficient,
+    grad,
+    p_norm,  # [2, D]
+    place,  # sequence, block, whose state keys read, which of the group that is, tokens, [BT] mask
+    r,  # which chunk of the block
+    hidden,
+    width,
+    sizes,
+):
+    D: tl.constexpr = sizes.D
+    BT: tl.constexpr = sizes.BT
+    OP: tl.constexpr = tokens[0].dtype.element_ty
+    ACC: tl.constexpr = coefficient.G.dtype.element_ty
+    _, i_b, _, _, count, m_i = place
+    o_i, o_t, o_r = tl.arange(0, BT), tl.arange(0, sizes.BC), tl.arange(0, sizes.BR)
+    o_c = r * sizes.CHUNK + o_t  # [BC], the chunk's rows of the block
+    m_c = (o_t < sizes.CHUNK) & (o_c < count)
+    m_p = (o_i < r * sizes.CHUNK) & m_i  # [BT], earlier chunks
+    m_l = (o_i >= (r + 1) * sizes.CHUNK) & m_i  # later chunks
+    rows = (r * sizes.CHUNK - 1, o_c, m_c, m_p, m_l)
+
+    # keys by keys: later ones by the chunk's, [BT, BC]
+    b_s = tl.zeros([BT, sizes.BC], ACC)
+    for i in tl.range(0, width, sizes.BR, num_stages=1, disable_licm=True):
+        m_r = i + o_r < D
+        b_l = load(tokens[0], o_i, m_l, i + o_r, m_r, sizes.H * D)  # [BT, BR]
+        b_k = load_t(tokens[0], o_c, m_c, i + o_r, m_r, sizes.H * D)  # [BR, BC]
+        b_s = dot(b_l, b_k, b_s, sizes.PRECISION)
+    # what later keys read the first layer with of the chunk's errors
+    b_s = (later(coefficient, i_b, rows, 0, sizes) * b_s).to(OP)
+
+    if sizes.DEPTH == 1:
+        p_dd = grad.layers[0].d + i_b * BT * D
+        for i in tl.range(0, width, sizes.BR, num_stages=1, disable_licm=True):
+            m_r = i + o_r < D
+            b_dd = load_t(p_dd, o_c, m_c, i + o_r, m_r, D)  # [BR, BC]
+            b_l = load_t(p_dd, o_i, m_l, i + o_r, m_r, D).to(OP)  # [BR, BT]
+            b_dd = dot(b_l, b_s, b_dd, sizes.PRECISION)
+            store_t(p_dd, b_dd, o_c, m_c, i + o_r, m_r, D)
+        tl.debug_barrier()
+        output_backward(tokens, layers, grad, p_norm, place, rows, sizes)
+    else:
+        layers_backward(
+            b_s, tokens, layers, coefficient, grad, p_norm, place, rows, hidden, width, 1, sizes
+        )
+
+
+@triton.jit
+def later(coefficient, i_b, rows, i_l: tl.constexpr, sizes):
+    """-G by which later tokens of the block read the chunk's, [BT, BC]."""
+    BT: tl.constexpr = sizes.BT
+    _, o_c, m_c, _, m_l = rows
+    o_row = tl.arange(0, BT) // sizes.CHUNK * sizes.CHUNK - 1
+    p_G = coefficient.G + (i_b * sizes.L + gates_of(i_l, sizes)) * BT * BT
+    m = m_l[:, None] & m_c[None, :]
+    return -tl.load(p_G + o_row[:, None] * BT + o_c[None, :], mask=m, other=0.0)
+
+
+@triton.jit
+def layers_backward(
+    b_s,
+    tokens,
+    layers,
+    coefficient,
+    grad,
+    p_norm,
+    place,
+    rows,
+    hidden,
+    width,
+    i_l: tl.constexpr,
+    sizes,
+):
+    """From layer i_l up to the last one, and down again."""
+    kept = errors_backward(b_s, layers, coefficient, grad, place, rows, hidden, width, i_l, sizes)
+    tl.debug_barrier()
+    if i_l + 1 < sizes.DEPTH:
+        layers_backward(
+            b_s,
+            tokens,
+            layers,
+            coefficient,
+            grad,
+            p_norm,
+            place,
+            rows,
+            hidden,
+            width,
+            i_l + 1,
+            sizes,
+        )
+    else:
+        output_backward(tokens, layers, grad, p_norm, place, rows, sizes)
+    tl.debug_barrier()
+    products_backward(kept, layers, coefficient, grad, place, rows, hidden, width, i_l, sizes)
+
+
+@triton.jit
+def errors_backward(
+    b_s, layers, coefficient, grad, place, rows, hidden, width, i_l: tl.constexpr, sizes
+):
+    """`d_{i_l-1} = push_l(d_l) act'(z_{i_l-1})`: the whole gradient of d_l.
+
+    Returns what `products_backward` goes on from.
+    """
+    HIDDEN: tl.constexpr = sizes.HIDDEN
+    OUT: tl.constexpr = width_out(i_l, sizes)
+    LAST: tl.constexpr = i_l + 1 == sizes.DEPTH
+    BT: tl.constexpr = sizes.BT
+    BC: tl.constexpr = sizes.BC
+    BH: tl.constexpr = sizes.BH
+    BO: tl.constexpr = sizes.BR if LAST else BH  # of the layer's width out at a time
+    OP: tl.constexpr = layers[i_l].x.dtype.element_ty
+    ACC: tl.constexpr = coefficient.G.dtype.element_ty
+    PRECISION: tl.constexpr = sizes.PRECISION
+    i_b = place[1]
+    row, o_c, m_c, m_p, m_l = rows
+    m_o = m_p | m_l
+    o_i, o_h, o_o = tl.arange(0, BT), tl.arange(0, BH), tl.arange(0, BO)
+    out = width if LAST else hidden
+    o_in, o_out = i_b * BT * HIDDEN, i_b * BT * OUT
+    p_x, p_e, p_d = layers[i_l].x + o_in, layers[i_l].e + o_in, layers[i_l].d + o_out
+    p_z, p_de, p_dd = (
+        layers[i_l - 1].z + o_in,
+        grad.layers[i_l].e + o_in,
+        grad.layers[i_l].d + o_out,
+    )
+    p_below = grad.layers[i_l - 1].d + o_in
+    a, c = weights_of(coefficient, i_b, row, i_l, sizes)
+
+    b_ex = tl.zeros([BT, BC], ACC)  # de by x: the later's by ours, ours by earlier ones'
+    b_xx = tl.zeros([BT, BC], ACC)  # x by x
+    for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
+        m_h = j + o_h < HIDDEN
+        if i_l == 1:
+            b_l = load_t(p_below, o_i, m_l, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BT]
+            b_dd = load_t(p_below, o_c, m_c, j + o_h, m_h, HIDDEN)  # [BH, BC]
+            b_dd = dot(b_l, b_s, b_dd, PRECISION)
+        else:
+            b_dd = load_t(p_below, o_c, m_c, j + o_h, m_h, HIDDEN)
+        b_z = load_t(p_z, o_c, m_c, j + o_h, m_h, HIDDEN)
+        b_e = load_t(p_e, o_c, m_c, j + o_h, m_h, HIDDEN)
+        b_dz = b_dd * b_e * curvature(b_z, sizes.ACTIVATION)
+        store_t(p_below, b_dz, o_c, m_c, j + o_h, m_h, HIDDEN)
+        b_de = (b_dd * slope(b_z, sizes.ACTIVATION)).to(OP)
+        store_t(p_de, b_de, o_c, m_c, j + o_h, m_h, HIDDEN)
+
+        b_x = load_t(p_x, o_c, m_c, j + o_h, m_h, HIDDEN)  # [BH, BC]
+        b_l = load(p_de, o_i, m_l, j + o_h, m_h, HIDDEN)  # [BT, BH]
+        b_ex = dot(b_l, b_x, b_ex, PRECISION)
+        b_o = load(p_x, o_i, m_o, j + o_h, m_h, HIDDEN)  # [BT, BH]
+        b_xx = dot(b_o, b_x, b_xx, PRECISION)
+        b_o = tl.where(m_p[:, None], b_o, 0.0).to(OP)
+        b_ex = dot(b_o, b_de, b_ex, PRECISION)
+    # what later keys read the layer with of ours, and ours of earlier ones'
+    b_g = later(coefficient, i_b, rows, i_l, sizes)
+    b_gx = tl.where(m_p[:, None], history(coefficient, i_b, row, m_p, i_l, sizes)[:, None], b_g)
+    b_gex, b_gxx = (b_gx * b_ex).to(OP), (b_g * b_xx).to(OP)
+    b_da = tl.zeros([BC], ACC)
+    b_dc = tl.zeros([BC], ACC)
+    b_dd2 = tl.zeros([BT, BC], ACC)  # d by d
+    tl.debug_barrier()
+
+    p_w, p_s = state_of(layers[i_l], place, i_l, sizes)
+    for i in tl.range(0, out, BO, num_stages=1, disable_licm=True):
+        m_r = i + o_o < OUT
+        b_dd = load_t(p_dd, o_c, m_c, i + o_o, m_r, OUT)  # [BO, BC]
+        b_l = load_t(p_dd, o_i, m_l, i + o_o, m_r, OUT).to(OP)  # [BO, BT]
+        b_dd = dot(b_l, b_gxx, b_dd, PRECISION)
+        b_o = load_t(p_d, o_i, m_o, i + o_o, m_r, OUT).to(OP)  # [BO, BT]
+        b_dd = dot(b_o, b_gex, b_dd, PRECISION)
+        b_w = tl.zeros([BO, BC], ACC)
+        b_ws = tl.zeros([BO, BC], ACC)
+        for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
+            m_h = j + o_h < HIDDEN
+            b_de = load_t(p_de, o_c, m_c, j + o_h, m_h, HIDDEN)  # [BH, BC]
+            b_m = load_t(p_w, j + o_h, m_h, i + o_o, m_r, OUT)  # [BO, BH]
+            b_w = dot(b_m, b_de, b_w, PRECISION)
+            b_m = load_t(p_s, j + o_h, m_h, i + o_o, m_r, OUT)
+            b_ws = dot(b_m, b_de, b_ws, PRECISION)
+        b_d = load_t(p_d, o_c, m_c, i + o_o, m_r, OUT)  # [BO, BC]
+        b_da += tl.sum(b_d * b_w, 0)
+        b_dc += tl.sum(b_d * b_ws, 0)
+        b_dd += a * b_w + c * b_ws
+        b_o = load(p_d, o_i, m_o, i + o_o, m_r, OUT).to(OP)  # [BT, BO]
+        b_dd2 = dot(b_o, b_d.to(OP), b_dd2, PRECISION)
+        store_t(p_dd, b_dd, o_c, m_c, i + o_o, m_r, OUT)
+    return b_gx, b_xx, (b_g * b_dd2).to(OP), tl.sum(b_ex * b_dd2, 1), b_da, b_dc
+
+
+@triton.jit
+def output_backward(tokens, layers, grad, p_norm, place, rows, sizes):
+    """`d = error(y)`: of the last products, values, keys where there is a residual, the norm."""
+    D: tl.constexpr = sizes.D
+    LAST: tl.constexpr = sizes.DEPTH - 1
+    p_k, p_v, p_dv = tokens
+    i_s, i_b, _, _, _, _ = place
+    _, o_c, m_c, _, _ = rows
+    o_d = tl.arange(0, sizes.BD)
+    m_d, o_b = o_d < D, i_b * sizes.BT * D
+    p_dy, p_dx = grad.layers[LAST].d + o_b, grad.layers[0].x + o_b
+    b_y = load_t(layers[LAST].z + o_b, o_c, m_c, o_d, m_d, D)  # [BD, BC]
+    b_dd = load_t(p_dy, o_c, m_c, o_d, m_d, D)
+    b_k = load_t(p_k, o_c, m_c, o_d, m_d, sizes.H * D).to(b_y.dtype)
+    b_v = load_t(p_v, o_c, m_c, o_d, m_d, sizes.H * D).to(b_y.dtype)
+    b_dy, b_df, b_dw, b_db = error_backward(b_dd, b_y, b_k, b_v, p_norm, o_d, m_d, sizes)
+    if sizes.HAS_NORM:
+        p_dnorm = grad.norm_keys + i_s * 2 * D
+        b_dw += tl.load(p_dnorm + o_d, mask=m_d, other=0.0)
+        b_db += tl.load(p_dnorm + D + o_d, mask=m_d, other=0.0)
+        tl.store(p_dnorm + o_d, b_dw, mask=m_d)
+        tl.store(p_dnorm + D + o_d, b_db, mask=m_d)
+    store_t(p_dy, b_dy, o_c, m_c, o_d, m_d, D)
+    store_t(p_dv, -b_df, o_c, m_c, o_d, m_d, sizes.H * D)
+    if sizes.RESIDUAL:
+        b_df += load_t(p_dx, o_c, m_c, o_d, m_d, D)
+        store_t(p_dx, b_df, o_c, m_c, o_d, m_d, D)
+
+
+@triton.jit
+def products_backward(
+    kept, layers, coefficient, grad, place, rows, hidden, width, i_l: tl.constexpr, sizes
+):
+    """`z_l = pull_l(act(z_{i_l-1}))`: the whole gradient of z_{i_l-1}."""
+    HIDDEN: tl.constexpr = sizes.HIDDEN
+    OUT: tl.constexpr = width_out(i_l, sizes)
+    LAST: tl.constexpr = i_l + 1 == sizes.DEPTH
+    BT: tl.constexpr = sizes.BT
+    BC: tl.constexpr = sizes.BC
+    BH: tl.constexpr = sizes.BH
+    BO: tl.constexpr = sizes.BR if LAST else BH
+    OP: tl.constexpr = layers[i_l].x.dtype.element_ty
+    ACC: tl.constexpr = coefficient.G.dtype.element_ty
+    PRECISION: tl.constexpr = sizes.PRECISION
+    b_gx, b_xx, b_gdd, b_dG, b_da, b_dc = kept
+    i_b = place[1]
+    row, o_c, m_c, m_p, m_l = rows
+    m_o = m_p | m_l
+    o_i, o_h, o_o = tl.arange(0, BT), tl.arange(0, BH), tl.arange(0, BO)
+    out = width if LAST else hidden
+    o_in, o_out = i_b * BT * HIDDEN, i_b * BT * OUT
+    p_x, p_d, p_z = layers[i_l].x + o_in, layers[i_l].d + o_out, layers[i_l - 1].z + o_in
+    p_de, p_dx = grad.layers[i_l].e + o_in, grad.layers[i_l].x + o_in
+    p_dz, p_below = grad.layers[i_l].d + o_out, grad.layers[i_l - 1].d + o_in
+    a, c = weights_of(coefficient, i_b, row, i_l, sizes)
+
+    b_gd = tl.zeros([BT, BC], ACC)  # dz by d: ours by earlier ones', the later's by ours
+    for i in tl.range(0, out, BO, num_stages=1, disable_licm=True):
+        m_r = i + o_o < OUT
+        b_g = load_t(p_dz, o_c, m_c, i + o_o, m_r, OUT).to(OP)  # [BO, BC]
+        b_o = load(p_d, o_i, m_p, i + o_o, m_r, OUT).to(OP)  # [BT, BO]
+        b_gd = dot(b_o, b_g, b_gd, PRECISION)
+        b_d = load_t(p_d, o_c, m_c, i + o_o, m_r, OUT).to(OP)
+        b_l = load(p_dz, o_i, m_l, i + o_o, m_r, OUT).to(OP)
+        b_gd = dot(b_l, b_d, b_gd, PRECISION)
+    # The row belongs to the query before the chunk, which read with it too.
+    b_dG += tl.sum(b_xx * b_gd, 1)
+    i_row = (i_b * sizes.L + gates_of(i_l, sizes)) * BT + row
+    p_dG = grad.coefficient.G + i_row * BT + o_i
+    tl.store(p_dG, tl.load(p_dG, mask=m_p, other=0.0) - b_dG, mask=m_p)
+    b_ggd = (b_gx * b_gd).to(OP)
+    b_pa = tl.zeros([BH, BC], ACC)
+    b_pc = tl.zeros([BH, BC], ACC)
+    p_w, p_s = state_of(layers[i_l], place, i_l, sizes)
+    for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
+        m_h = j + o_h < HIDDEN
+        b_w = tl.zeros([BH, BC], ACC)
+        b_ws = tl.zeros([BH, BC], ACC)
+        for i in tl.range(0, out, BO, num_stages=1, disable_licm=True):
+            m_r = i + o_o < OUT
+            b_g = load_t(p_dz, o_c, m_c, i + o_o, m_r, OUT).to(OP)  # [BO, BC]
+            b_m = load(p_w, j + o_h, m_h, i + o_o, m_r, OUT)  # [BH, BO]
+            b_w = dot(b_m, b_g, b_w, PRECISION)
+            b_m = load(p_s, j + o_h, m_h, i + o_o, m_r, OUT)
+            b_ws = dot(b_m, b_g, b_ws, PRECISION)
+        b_x = load_t(p_x, o_c, m_c, j + o_h, m_h, HIDDEN).to(ACC)  # [BH, BC]
+        b_pa += b_x * b_w
+        b_pc += b_x * b_ws
+        b_dx = a * b_w + c * b_ws
+        b_l = load_t(p_de, o_i, m_l, j + o_h, m_h, HIDDEN)  # [BH, BT]
+        b_dx = dot(b_l, b_gdd, b_dx, PRECISION)
+        b_o = load_t(p_x, o_i, m_o, j + o_h, m_h, HIDDEN)
+        b_dx = dot(b_o, b_ggd, b_dx, PRECISION)
+        b_dx += load_t(p_dx, o_c, m_c, j + o_h, m_h, HIDDEN)
+        b_z = load_t(p_z, o_c, m_c, j + o_h, m_h, HIDDEN)
+        b_dz = load_t(p_below, o_c, m_c, j + o_h, m_h, HIDDEN)
+        b_dz += b_dx * slope(b_z, sizes.ACTIVATION)
+        store_t(p_below, b_dz, o_c, m_c, j + o_h, m_h, HIDDEN)
+    if row >= 0:
+        p_da, p_dc = grad.coefficient.a + i_row, grad.coefficient.c + i_row
+        tl.store(p_da, tl.load(p_da) + tl.sum(b_da + tl.sum(b_pa, 0), 0))
+        tl.store(p_dc, tl.load(p_dc) + tl.sum(b_dc + tl.sum(b_pc, 0), 0))
+
+
+@triton.jit
+def state_of(layer, place, i_l: tl.constexpr, sizes):
+    """The state that the chunk read; where it spans blocks there is no share of its momentum."""
+    i_s, i_b, i_w, begun, _, _ = place
+    o = width_in(i_l, sizes) * width_out(i_l, sizes)
+    if sizes.SPAN == 1:
+        return layer.W + i_b * o, layer.S + i_b * o
+    else:
+        p_w = layer.W_anchor + i_s * o
+        if begun >= 0:
+            p_w = layer.W + i_w * o
+        return p_w, p_w

@@ -1,0 +1,40 @@
+"""Tiles in and out of memory, and the one product: for all passes.
+
+A matrix in memory has rows of tokens (or of a layer's inputs) `STRIDE` apart. `load` and `store`
+take tiles as they lie, [rows, columns]; the `_t` forms take them transposed, [columns, rows].
+Whatever is out of range is zero.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load(p, o_r, m_r, o_c, m_c, STRIDE: tl.constexpr):
+    o = o_r[:, None] * STRIDE + o_c[None, :]
+    return tl.load(p + o, mask=m_r[:, None] & m_c[None, :], other=0.0)
+
+
+@triton.jit
+def load_t(p, o_r, m_r, o_c, m_c, STRIDE: tl.constexpr):
+    o = o_r[None, :] * STRIDE + o_c[:, None]
+    return tl.load(p + o, mask=m_r[None, :] & m_c[:, None], other=0.0)
+
+
+@triton.jit
+def store(p, b, o_r, m_r, o_c, m_c, STRIDE: tl.constexpr):
+    o = o_r[:, None] * STRIDE + o_c[None, :]
+    tl.store(p + o, b.to(p.dtype.element_ty), mask=m_r[:, None] & m_c[None, :])
+
+
+@triton.jit
+def store_t(p, b, o_r, m_r, o_c, m_c, STRIDE: tl.constexpr):
+    o = o_r[None, :] * STRIDE + o_c[:, None]
+    tl.store(p + o, b.to(p.dtype.element_ty), mask=m_r[None, :] & m_c[:, None])
+
+
+@triton.jit
+def dot(b_x, b_y, b_sum, PRECISION: tl.constexpr):
+    """b_sum + b_x b_y; without a sum where that is None. float64 is for the interpreter."""
+    ACC: tl.constexpr = tl.float64 if b_x.dtype == tl.float64 else tl.float32
+    return tl.dot(b_x, b_y, b_sum, input_precision=PRECISION, out_dtype=ACC)

@@ -1,0 +1,144 @@
+"""What travels together: the records that launchers build once and kernels take as they are.
+
+A tensor field is a pointer inside a kernel. Shapes are those of a group of blocks: slot
+`n * blocks + i` is block i of sequence n. BT is a block's tile of tokens, d_in and d_out are a
+layer's widths: D, then the hidden width, then D again. Fields that a pass does not touch hold any
+other tensor.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton.language as tl
+from torch import Tensor
+
+
+class Tokens(NamedTuple):
+    """N sequences in order, the tail of an open chunk ahead of its sequence's tokens."""
+
+    k: Tensor  # [M, H, D]
+    v: Tensor
+    theta: Tensor  # [M, H, L]
+    alpha: Tensor
+    eta: Tensor
+    bounds: Tensor  # [N, 2] int64, first token and end
+    tail: Tensor  # [N] int64, tokens without a query
+    query: Tensor  # [N] int64, the first query
+
+
+class Coefficients(NamedTuple):
+    """The state right after each token of a block, from that of the block's start."""
+
+    a: Tensor  # [slots, H, L, BT]
+    c: Tensor
+    G: Tensor  # [slots, H, L, BT, BT]
+    end: Tensor  # [slots, H, L, 4 + 2 BT]: a, c, p, unused, G, P of the state handed on
+    p: Tensor  # [slots, H, L, BT], for the backward pass
+    P: Tensor  # [slots, H, L, BT, BT]
+
+
+class Layer(NamedTuple):
+    """One layer of the memory, and what keys make of it."""
+
+    W: Tensor  # [slots, H, d_in, d_out], the state at every block's start, rounded
+    S: Tensor
+    W_exact: Tensor  # [N, H, d_in, d_out], the running state, in and out; for the backward pass
+    S_exact: Tensor  # [slots, H, d_in, d_out], that of every block's start
+    W_anchor: Tensor  # [N, H, d_in, d_out], in and out: what an open chunk started with, where
+    S_anchor: Tensor  # chunks span blocks. The backward pass takes it rounded
+    x: Tensor  # [slots, H, BT, d_in], inputs; the first layer's are the keys themselves
+    z: Tensor  # [N, H, BT, d_out], products; for the backward pass [slots, H, BT, d_out]
+    d: Tensor  # [slots, H, BT, d_out], errors of the products
+    e: Tensor  # [slots, H, BT, d_in], errors of the inputs, for the backward pass
+
+
+class Queries(NamedTuple):
+    q: Tensor  # [Mq, H, D]
+    o: Tensor  # [Mq, H, D]; in the backward pass its gradient
+    parts: Tensor  # [slots, H, 2, BT, D], the last products' shares of W and S, before a and c
+
+
+class QueryLayer(NamedTuple):
+    """What queries make of a layer, where it is kept."""
+
+    h: Tensor  # [slots, H, BT, d_in], inputs
+    z: Tensor  # [slots, H, BT, d_out], products, then their gradient
+
+
+class LayerGrad(NamedTuple):
+    W: Tensor  # [N, H, d_in, d_out], in and out, gradient of the running state
+    S: Tensor
+    W_anchor: Tensor  # where chunks span blocks, of what the chunk started with
+    S_anchor: Tensor
+    x: Tensor  # [slots, H, BT, d_in]
+    d: Tensor  # [slots, H, BT, d_out], of the errors, then of the keys' products
+    e: Tensor  # [slots, H, BT, d_in], rounded
+
+
+class CoefficientGrad(NamedTuple):
+    a: Tensor  # [slots, H, L, BT]
+    c: Tensor
+    G: Tensor  # [slots, H, L, BT, BT]
+    end: Tensor  # [slots, H, L, 4 + 2 BT]
+    a_key: Tensor  # [slots, H, BT], of what keys read the first layer with
+    c_key: Tensor
+    G_key: Tensor  # [slots, H, BT, BT]
+
+
+class TokenGrad(NamedTuple):
+    """Gradients of queries and tokens, in their dtypes."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    theta: Tensor
+    alpha: Tensor
+    eta: Tensor
+
+
+class Grad(NamedTuple):
+    token: TokenGrad
+    coefficient: CoefficientGrad
+    layers: tuple[LayerGrad, ...]
+    norm: Tensor  # [slots, H, 2, D], of queries
+    norm_keys: Tensor  # [N, H, 2, D], in and out, of keys
+
+
+class BlockSizes(NamedTuple):
+    """What the passes over gates are compiled for."""
+
+    H: tl.constexpr
+    L: tl.constexpr  # gates to a head: 1, or one for each layer
+    CHUNK: tl.constexpr
+    TOKENS: tl.constexpr  # of a block
+    SPAN: tl.constexpr  # blocks to a chunk, 1 where a block holds whole chunks
+    BT: tl.constexpr
+
+
+class Sizes(NamedTuple):
+    """What every other pass is compiled for. The first six are those of `BlockSizes`."""
+
+    H: tl.constexpr
+    L: tl.constexpr
+    CHUNK: tl.constexpr
+    TOKENS: tl.constexpr
+    SPAN: tl.constexpr
+    BT: tl.constexpr
+    BC: tl.constexpr  # tile of a chunk's tokens
+    BQ: tl.constexpr  # of queries
+    D: tl.constexpr
+    HIDDEN: tl.constexpr
+    BD: tl.constexpr  # tile that holds D
+    BR: tl.constexpr  # of D at a time, backwards
+    BH: tl.constexpr  # of the hidden width at a time
+    DEPTH: tl.constexpr
+    ACTIVATION: tl.constexpr
+    HAS_NORM: tl.constexpr
+    RESIDUAL: tl.constexpr
+    PRECISION: tl.constexpr  # of products of float32
+
+
+def fixed(**values: object) -> dict[str, tl.constexpr]:
+    """Values as Triton wants those of a record that are compiled in."""
+    return {name: tl.constexpr(value) for name, value in values.items()}
