@@ -48,10 +48,12 @@ def _uncovered(tokens: Tensor, matrices: Sequence[Tensor]) -> str | None:
         return f"Triton {oldest} or newer; found {installed}"
     if device.type == "cuda" and tokens.dtype == torch.float64:
         return "float32, bfloat16 or float16 on a GPU; got float64"
-    if len(matrices) > 2:
-        return f"memories of 1 or 2 layers; got {len(matrices)}"
+    if len(matrices) > 4:
+        return f"memories of 1 to 4 layers; got {len(matrices)}"
     if D % 16 or D > 256:
         return f"a head dimension that is a multiple of 16, at most 256; got {D}"
     if any(width % 16 or width > 1024 for width in hidden):
         return f"a hidden width that is a multiple of 16, at most 1024; got {hidden[0]}"
+    if len(set(hidden)) > 1:
+        return f"hidden layers of one width; got {hidden}"
     return None

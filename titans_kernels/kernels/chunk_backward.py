@@ -4,14 +4,14 @@ With the coefficients (a, c, G) of the weights the chunk starts with,
 `pull(x) = a (x W) + c (x S) - (G * (x X^T)) D` and `push(d)` its transpose, what a chunk computes,
 
     z_l = pull_l(x_l)     x_{i_l+1} = act(z_l)     d = error(y)     e_l = push_l(d_l)
-    d_{i_l-1} = e_l act'(z_{i_l-1})
+    d_{l-1} = e_l act'(z_{l-1})
 
 has these gradients, layer by layer up to the last one and then down again:
 
-    de_l = dd_{i_l-1} act'(z_{i_l-1})          dd_l += pull_l(de_l)          dy = error'(dd)
-    dx_l += push_l(dz_l)                   dz_{i_l-1} = dd_{i_l-1} e_l act''(z_{i_l-1}) + dx_l act'(z_{i_l-1})
+    de_l = dd_{l-1} act'(z_{l-1})     dd_l += pull_l(de_l)     dy = error'(dd)
+    dx_l += push_l(dz_l)       dz_{l-1} = dd_{l-1} e_l act''(z_{l-1}) + dx_l act'(z_{l-1})
 
-where dd_l and dx_l have what every later chunk gave them: (de_l, d_l) and (x_l, dz_l) read layer i_l,
+where dd_l and dx_l have what every later chunk gave them: (de_l, d_l) and (x_l, dz_l) read layer l,
 and a reader (h, g) gives the rows of its history
 
     dX_i -= G_i (g . D_i) h          dD_i -= G_i (h . X_i) g
@@ -34,8 +34,7 @@ def chunk_backward(
     p_norm,  # [2, D]
     place,  # sequence, block, whose state keys read, which of the group that is, tokens, [BT] mask
     r,  # which chunk of the block
-    hidden,
-    width,
+    ends,  # of loops: the hidden width, D
     sizes,
 ):
     D: tl.constexpr = sizes.D
@@ -52,7 +51,7 @@ def chunk_backward(
 
     # keys by keys: later ones by the chunk's, [BT, BC]
     b_s = tl.zeros([BT, sizes.BC], ACC)
-    for i in tl.range(0, width, sizes.BR, num_stages=1, disable_licm=True):
+    for i in tl.range(0, ends[1], sizes.BR, num_stages=1, disable_licm=True):
         m_r = i + o_r < D
         b_l = load(tokens[0], o_i, m_l, i + o_r, m_r, sizes.H * D)  # [BT, BR]
         b_k = load_t(tokens[0], o_c, m_c, i + o_r, m_r, sizes.H * D)  # [BR, BC]
@@ -62,7 +61,7 @@ def chunk_backward(
 
     if sizes.DEPTH == 1:
         p_dd = grad.layers[0].d + i_b * BT * D
-        for i in tl.range(0, width, sizes.BR, num_stages=1, disable_licm=True):
+        for i in tl.range(0, ends[1], sizes.BR, num_stages=1, disable_licm=True):
             m_r = i + o_r < D
             b_dd = load_t(p_dd, o_c, m_c, i + o_r, m_r, D)  # [BR, BC]
             b_l = load_t(p_dd, o_i, m_l, i + o_r, m_r, D).to(OP)  # [BR, BT]
@@ -71,9 +70,7 @@ def chunk_backward(
         tl.debug_barrier()
         output_backward(tokens, layers, grad, p_norm, place, rows, sizes)
     else:
-        layers_backward(
-            b_s, tokens, layers, coefficient, grad, p_norm, place, rows, hidden, width, 1, sizes
-        )
+        layers_backward(b_s, tokens, layers, coefficient, grad, p_norm, place, rows, ends, 1, sizes)
 
 
 @triton.jit
@@ -97,40 +94,26 @@ def layers_backward(
     p_norm,
     place,
     rows,
-    hidden,
-    width,
+    ends,
     i_l: tl.constexpr,
     sizes,
 ):
-    """From layer i_l up to the last one, and down again."""
-    kept = errors_backward(b_s, layers, coefficient, grad, place, rows, hidden, width, i_l, sizes)
+    """From a layer up to the last one, and down again."""
+    kept = errors_backward(b_s, layers, coefficient, grad, place, rows, ends, i_l, sizes)
     tl.debug_barrier()
     if i_l + 1 < sizes.DEPTH:
         layers_backward(
-            b_s,
-            tokens,
-            layers,
-            coefficient,
-            grad,
-            p_norm,
-            place,
-            rows,
-            hidden,
-            width,
-            i_l + 1,
-            sizes,
+            b_s, tokens, layers, coefficient, grad, p_norm, place, rows, ends, i_l + 1, sizes
         )
     else:
         output_backward(tokens, layers, grad, p_norm, place, rows, sizes)
     tl.debug_barrier()
-    products_backward(kept, layers, coefficient, grad, place, rows, hidden, width, i_l, sizes)
+    products_backward(kept, layers, coefficient, grad, place, rows, ends, i_l, sizes)
 
 
 @triton.jit
-def errors_backward(
-    b_s, layers, coefficient, grad, place, rows, hidden, width, i_l: tl.constexpr, sizes
-):
-    """`d_{i_l-1} = push_l(d_l) act'(z_{i_l-1})`: the whole gradient of d_l.
+def errors_backward(b_s, layers, coefficient, grad, place, rows, ends, i_l: tl.constexpr, sizes):
+    """`d_{l-1} = push_l(d_l) act'(z_{l-1})`: the whole gradient of d_l.
 
     Returns what `products_backward` goes on from.
     """
@@ -148,6 +131,7 @@ def errors_backward(
     row, o_c, m_c, m_p, m_l = rows
     m_o = m_p | m_l
     o_i, o_h, o_o = tl.arange(0, BT), tl.arange(0, BH), tl.arange(0, BO)
+    hidden, width = ends
     out = width if LAST else hidden
     o_in, o_out = i_b * BT * HIDDEN, i_b * BT * OUT
     p_x, p_e, p_d = layers[i_l].x + o_in, layers[i_l].e + o_in, layers[i_l].d + o_out
@@ -249,10 +233,8 @@ def output_backward(tokens, layers, grad, p_norm, place, rows, sizes):
 
 
 @triton.jit
-def products_backward(
-    kept, layers, coefficient, grad, place, rows, hidden, width, i_l: tl.constexpr, sizes
-):
-    """`z_l = pull_l(act(z_{i_l-1}))`: the whole gradient of z_{i_l-1}."""
+def products_backward(kept, layers, coefficient, grad, place, rows, ends, i_l: tl.constexpr, sizes):
+    """`z_l = pull_l(act(z_{l-1}))`: the whole gradient of z_{l-1}."""
     HIDDEN: tl.constexpr = sizes.HIDDEN
     OUT: tl.constexpr = width_out(i_l, sizes)
     LAST: tl.constexpr = i_l + 1 == sizes.DEPTH
@@ -268,6 +250,7 @@ def products_backward(
     row, o_c, m_c, m_p, m_l = rows
     m_o = m_p | m_l
     o_i, o_h, o_o = tl.arange(0, BT), tl.arange(0, BH), tl.arange(0, BO)
+    hidden, width = ends
     out = width if LAST else hidden
     o_in, o_out = i_b * BT * HIDDEN, i_b * BT * OUT
     p_x, p_d, p_z = layers[i_l].x + o_in, layers[i_l].d + o_out, layers[i_l - 1].z + o_in

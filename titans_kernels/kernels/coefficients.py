@@ -3,7 +3,8 @@
 Row by row, from the recurrence itself: exact at gates of 0 and 1. A row that is not a token's
 repeats the row before it.
 
-Grid: (sequences, blocks, heads x layers with gates of their own). Nothing is sequential but the rows of a block.
+Grid: (sequences, blocks, heads x layers with gates of their own). Nothing is sequential but the
+rows of a block.
 """
 
 import triton

@@ -168,7 +168,7 @@ def hidden_layer(
     b_s,  # [BT, BC], earlier inputs by the chunk's, weighted
     b_y,  # [BD, BC]
     place,
-    rows,  # the row of coefficients, the chunk's rows of the block, their mask, that of earlier ones
+    rows,  # of coefficients, of the chunk in the block, their mask, that of earlier ones
     hidden,
     i_l: tl.constexpr,
     sizes,
@@ -259,7 +259,7 @@ def hidden_errors(
     b_s,  # [BT, BC], earlier errors of the layer by the chunk's
     b_e,  # [BD, BC], the last layer's errors
     place,
-    rows,  # the row of coefficients, the chunk's rows of the block, their mask, that of earlier ones
+    rows,  # of coefficients, of the chunk in the block, their mask, that of earlier ones
     hidden,
     i_l: tl.constexpr,
     sizes,

@@ -29,8 +29,10 @@ def scan_backward_kernel(
     coefficient,  # Coefficients
     layers,  # Layers: the anchor is that of a chunk begun in an earlier group, rounded
     query_layers,  # QueryLayers: z is its gradient
-    grad,  # Grad: of layers all are added to but e, which is written, as are coefficient.end and
-    p_norm,  # [H, 2, D]        token.v; norm_keys is added to, as a, c, G where there are two layers
+    # Grad: token.v, coefficient.end and e of layers are written; all else of layers, norm_keys and,
+    # of coefficients that any layer but the first reads with, a, c and G are added to
+    grad,
+    p_norm,  # [H, 2, D]
     group,
     blocks,
     hidden,
@@ -45,6 +47,7 @@ def scan_backward_kernel(
     i_n, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_s, o_i = i_n * H + i_h, tl.arange(0, BT)
     p_norm += i_h * 2 * D
+    ends = (hidden, width)
 
     for back in tl.range(0, blocks, num_stages=1, disable_licm=True):
         i_block = blocks - 1 - back
@@ -62,15 +65,7 @@ def scan_backward_kernel(
             b_dP = tl.zeros([BT], ACC)
             for i_l in tl.static_range(sizes.DEPTH):
                 b_dG_l, b_dP_l = advance_backward(
-                    p_k,
-                    layers[i_l],
-                    coefficient,
-                    grad.layers[i_l],
-                    place,
-                    hidden,
-                    width,
-                    i_l,
-                    sizes,
+                    p_k, layers[i_l], coefficient, grad.layers[i_l], place, ends, i_l, sizes
                 )
                 b_dG, b_dP = b_dG_l + b_dG, b_dP_l + b_dP
                 if L > 1 or i_l + 1 == sizes.DEPTH:
@@ -91,7 +86,7 @@ def scan_backward_kernel(
             for rear in tl.range(0, chunks, num_stages=1, disable_licm=True):
                 r = chunks - 1 - rear
                 chunk_backward(
-                    tokens, layers, coefficient, grad, p_norm, chunk_place, r, hidden, width, sizes
+                    tokens, layers, coefficient, grad, p_norm, chunk_place, r, ends, sizes
                 )
                 tl.debug_barrier()
 
@@ -105,9 +100,8 @@ def scan_backward_kernel(
             dp = tl.full([], 0.0, ACC)
             for i_l in tl.static_range(sizes.DEPTH):
                 readers = (p_q, p_k, query_layers[i_l], m_q, o_row, begins)
-                layer_grad = grad.layers[i_l]
                 da_l, dc_l, dp_l = hand_back(
-                    readers, layers[i_l], coefficient, layer_grad, place, hidden, width, i_l, sizes
+                    readers, layers[i_l], coefficient, grad.layers[i_l], place, ends, i_l, sizes
                 )
                 da, dc, dp = da_l + da, dc_l + dc, dp_l + dp
                 if L > 1 or i_l + 1 == sizes.DEPTH:

@@ -12,7 +12,7 @@ from .operands import dot, load, load_t, store
 
 
 @triton.jit
-def advance_backward(p_k, layer, coefficient, grad, place, hidden, width, i_l: tl.constexpr, sizes):
+def advance_backward(p_k, layer, coefficient, grad, place, ends, i_l: tl.constexpr, sizes):
     """What the state handed on gives a layer's inputs and errors; returns that of G and P, [BT].
 
     One of the two, `full`, goes with the outer loop, the other, `side`, with the inner one: inputs
@@ -29,6 +29,7 @@ def advance_backward(p_k, layer, coefficient, grad, place, hidden, width, i_l: t
     ACC: tl.constexpr = grad.W.dtype.element_ty
     PRECISION: tl.constexpr = sizes.PRECISION
     i_s, i_b, m_t = place
+    hidden, width = ends
     o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, BR), tl.arange(0, BN)
     p_dW, p_dS = grad.W + i_s * IN * OUT, grad.S + i_s * IN * OUT
     if i_l == 0:
@@ -80,7 +81,7 @@ def of_state(p, o_r, m_r, o_c, m_c, STRIDE: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def hand_back(tokens, layer, coefficient, grad, place, hidden, width, i_l: tl.constexpr, sizes):
+def hand_back(tokens, layer, coefficient, grad, place, ends, i_l: tl.constexpr, sizes):
     """A layer's state gradient, from the block's end to its start; returns da, dc, dp of the end.
 
     Queries read the state, and keys; of any layer but the first, errors too.
@@ -94,6 +95,7 @@ def hand_back(tokens, layer, coefficient, grad, place, hidden, width, i_l: tl.co
     ACC: tl.constexpr = grad.W.dtype.element_ty
     p_q, p_k, query_layer, m_q, o_row, begins = tokens
     i_s, i_b, m_t = place
+    hidden, width = ends
     o_t, i_g = tl.arange(0, BT), i_b * sizes.L + gates_of(i_l, sizes)
     p_a, p_c = coefficient.a + i_g * BT, coefficient.c + i_g * BT
     p_end = coefficient.end + i_g * (4 + 2 * BT)
