@@ -100,6 +100,7 @@ def compiling(arch: str, only: Container[str] | None = None) -> Iterator[list[Re
         kinds = compiled.src.signature
         integers = list(_integers([*kinds.values()], [given[name] for name in kinds]))
         programs = prod(grid(given) if callable(grid) else grid)
+        fixed |= _constants(given.values())
         reports.append(report(compiled, arch, fixed, integers, programs))
         return compiled
 
@@ -117,6 +118,13 @@ def _integers(types: Sequence[Any], values: Sequence[Any]) -> Iterator[int]:
             yield from _integers(kind, value)
         elif re.fullmatch(r"[iu]\d+", kind):
             yield int(value)
+
+
+def _constants(arguments: Iterable[Any]) -> dict[str, str]:
+    """What is compiled in as fields of records, by the fields' names."""
+    records = [x for x in arguments if isinstance(x, tuple) and hasattr(x, "_fields")]
+    fields = [pair for record in records for pair in record._asdict().items()]
+    return {name: str(x.value) for name, x in fields if isinstance(x, triton.language.constexpr)}
 
 
 def compile_kernel(kernel: Any, arch: str, *args: Any, **kwargs: Any) -> Report:

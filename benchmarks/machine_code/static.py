@@ -28,6 +28,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import pairwise
 from math import ceil
 from typing import Any
 
@@ -71,10 +72,11 @@ def launch(
 
     Forward takes the tile of backward in training.
     """
-    D, hidden = head_dim, 4 * head_dim if depth == 2 else head_dim
+    D, hidden = head_dim, 4 * head_dim if depth > 1 else head_dim
     q = torch.empty(1, T, H, D, dtype=getattr(torch, dtype), device="meta")
     gates = (q.new_empty(1, T, H),) * 3
-    weights = (q.new_empty(H, D, hidden), q.new_empty(H, hidden, D))[:depth]
+    widths = [D, *[hidden] * (depth - 1), D]
+    weights = tuple(q.new_empty(H, *size) for size in pairwise(widths))
     norm, options = (q.new_empty(H, D),) * 2, Options("gelu_tanh", True)
     packed, longest = pack(q, q, q, gates, weights, norm, None, None)
     with using(tile(D, hidden, q.dtype, arch, chunk, backward or training)):
