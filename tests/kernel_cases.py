@@ -162,6 +162,17 @@ def _shapes():
     yield Case("tile 128x64", 150, 16, D=48, hidden=64, tile=(128, 64, 32), past=(9,))
 
 
+def _depths():
+    """Three and four layers: the loops over layers, the widths between two hidden ones."""
+    for depth, (chunk, group) in product((3, 4), ((4, None), (5, 1), (20, None))):
+        case = Case("", 20, chunk, depth, group=group, past=(7,), per_layer=chunk == 5)
+        yield _named(case, f"layers, chunk {chunk}")
+    packed = Case("", 40, 5, 3, hidden=48, H=2, lengths=(17, 0, 23), past=(3, 9, 0), norm=False)
+    yield _named(replace(packed, tile=(32, 16, 16), residual=False), "layers, packed")
+    yield _named(Case("", 33, 16, 4, D=48, hidden=64, tile=(32, 32, 16, 16)), "layers, D 48")
+    yield _named(Case("", 20, 5, 3, activation="silu", gates={"alpha": (1.0, 0.3)}), "layers")
+
+
 def _gates():
     """Gates at their bounds, in blocks of several chunks and in chunks of several blocks."""
     bounds = {
@@ -216,4 +227,4 @@ def _states():
     yield Case("chunk that no sequence reaches", chunk=2**16, group=2)
 
 
-CASES = [*_sizes(), *_networks(), *_shapes(), *_gates(), *_groups(), *_states()]
+CASES = [*_sizes(), *_networks(), *_shapes(), *_depths(), *_gates(), *_groups(), *_states()]

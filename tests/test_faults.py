@@ -18,6 +18,7 @@ from test_kernels_backward import check
 from triton.runtime import interpreter as stock
 
 from titans_kernels.kernels import operator
+from titans_kernels.kernels.chunk_backward import chunk_backward, output_backward
 from titans_kernels.kernels.coefficients_backward import coefficients_backward_kernel
 from titans_kernels.kernels.inputs_backward import inputs_backward_kernel
 from titans_kernels.kernels.network import error_backward
@@ -83,7 +84,7 @@ GROUPS = Case("several groups", 20, 5, group=1)
 
 FAULTS = {
     "dq a little too large": (
-        Source(inputs_backward_kernel, "b_dh.to(", "(1.003 * b_dh).to("),
+        Source(inputs_backward_kernel, "store_t(p_dh, b_dh,", "store_t(p_dh, 1.003 * b_dh,"),
         WHOLE,
         "^dq: ",
     ),
@@ -92,7 +93,11 @@ FAULTS = {
         WHOLE,
         "^dtheta: ",
     ),
-    "dv of the wrong sign": (Source(scan_backward_kernel, "-b_df.to(", "b_df.to("), WHOLE, "^dv: "),
+    "dv of the wrong sign": (
+        Source(output_backward, "store_t(p_dv, -b_df,", "store_t(p_dv, b_df,"),
+        WHOLE,
+        "^dv: ",
+    ),
     "final state's gradient dropped": (Host(_without_final_state), WHOLE, "^dk: "),
     "states of other groups": (Host(_without_kept_states), GROUPS, "^dq: "),
     "decay off by one": (
@@ -115,7 +120,7 @@ FAULTS = {
         r"\[uninitialised\]|^dk: ",
     ),
     "later chunks begin a token late": (
-        Source(scan_backward_kernel, "(o_i >= (r + 1) * CHUNK)", "(o_i > (r + 1) * CHUNK)"),
+        Source(chunk_backward, "(o_i >= (r + 1) * sizes.CHUNK)", "(o_i > (r + 1) * sizes.CHUNK)"),
         WHOLE,
         "^dk: ",
     ),
@@ -140,13 +145,9 @@ FAULTS = {
         "^dk: ",
     ),
     "barrier removed": (
-        Source(
-            retrieve_backward_kernel,
-            "        tl.debug_barrier()\n        # [BT, BT] tiles",
-            "        # [BT, BT] tiles",
-        ),
+        Source(retrieve_backward_kernel, "tl.debug_barrier()", "pass"),
         WHOLE,
-        r"\[barrier\].* p_gy",
+        r"\[barrier\].* query_layers\[1\]\.z",
     ),
 }
 

@@ -26,6 +26,7 @@ from yardstick import assert_values, flat, piece
 import reference
 from titans_kernels import kernels, neural_memory, retrieve
 from titans_kernels.kernels import launch
+from titans_kernels.kernels.records import Queries, Tokens
 from titans_kernels.kernels.tiles import Blocks, Tile
 
 if torch.cuda.is_available() and not triton.knobs.runtime.interpret:
@@ -40,7 +41,7 @@ def _run(case, inputs):
     """o and the final state, by name, of kernels that are watched and run in an order of theirs."""
     with forced(case), sanitize(checks=CHECKED, seed=case.seed) as watch:
         o, state = neural_memory(**inputs, backend="triton", output_final_state=True)
-        assert not [name for name in watch.unwritten() if name.startswith("p_o:")]
+        assert not [name for name in watch.unwritten() if name.startswith("query.o:")]
     return o, state
 
 
@@ -122,7 +123,7 @@ def test_offsets_beyond_int32():
     case = Case("", 40, 16)
     M, D, dtype = 2**27 + 40, case.D, torch.bfloat16
     tile, norm = Tile(*case.tile), torch.ones(1, 2, D)
-    problem = launch.Problem(16, Blocks.of(16, tile), 3, "gelu_tanh", True, norm, tile)
+    problem = launch.Problem(16, Blocks.of(16, tile), "gelu_tanh", True, norm, tile)
 
     def far(x):
         """The same tokens, at the end of a tensor that fits no int32."""
@@ -132,13 +133,14 @@ def test_offsets_beyond_int32():
 
     def outputs(q, k, v, gates, start):
         cu = torch.tensor([start, start + 40])
-        tokens = launch.Tokens(k, v, *gates, cu[None], torch.zeros(1, dtype=torch.int64), cu[:1])
+        tokens = Tokens(k, v, *gates, cu[None], torch.zeros(1, dtype=torch.int64), cu[:1])
         W = [torch.ones(1, 1, D, 32) / 8, torch.ones(1, 1, 32, D) / 8]
         S = [torch.zeros_like(w) for w in W]
-        scratch, o = launch.allocate(tokens, W, problem), torch.empty_like(q)
+        o = torch.empty_like(q)
+        scratch = launch.allocate(tokens, W, problem, 3).at([*W, *S], [*W, *S])
         launch.coefficients(tokens, scratch, 0, problem)
-        launch.scan(tokens, W, S, (W, S), scratch, 0, problem)
-        launch.retrieve(q, o, tokens, scratch, 0, problem)
+        launch.scan(tokens, scratch, 0, problem)
+        launch.retrieve(Queries(q, o, scratch.parts), tokens, scratch, 0, problem)
         rounded = tuple(w.to(dtype) for w in W)
         read = launch.recall(q, rounded, None, cu, 40, "relu", True, tile)
         return o[-40:], read[-40:], *W, *S
@@ -187,7 +189,7 @@ def test_retrieve_equals_the_reference(case):
 # ------------------------------------------------------------------------------------ what is not
 
 TAKES = {
-    "three layers": ({"depth": 3}, "memories of 1 or 2 layers; got 3"),
+    "five layers": ({"depth": 5}, "memories of 1 to 4 layers; got 5"),
     "D 20": ({"D": 20}, "a head dimension that is a multiple of 16, at most 256; got 20"),
     "D 272": ({"D": 272}, "a head dimension that is a multiple of 16, at most 256; got 272"),
     "hidden 20": ({"hidden": 20}, "a hidden width that is a multiple of 16, at most 1024; got 20"),

@@ -46,7 +46,7 @@ def _measure(case, inputs, op=neural_memory):
     """Values and gradients of kernels that are watched and run in an order of theirs."""
     with forced(case), sanitize(checks=CHECKED, seed=case.seed) as watch:
         got = measure(op, inputs, backend="triton")
-        assert not [name for name in watch.unwritten() if name.startswith("p_o:")]
+        assert not [name for name in watch.unwritten() if name.startswith("query.o:")]
     return got
 
 

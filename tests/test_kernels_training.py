@@ -15,6 +15,7 @@ from yardstick import flat
 from titans_kernels import NeuralMemory, neural_memory
 from titans_kernels.demo.model import ByteModel
 from titans_kernels.kernels import launch, launch_backward, operator
+from titans_kernels.kernels.records import TokenGrad
 from titans_kernels.kernels.tiles import Tile
 from titans_kernels.packing import Options, pack
 
@@ -76,10 +77,12 @@ def _planned(T, H=16, D=64, hidden=256):
         norm = torch.empty(H, D), torch.empty(H, D)
         packed, longest = pack(q, k, v, gates, weights, norm, None, None)
         plan = operator.Plan.of(packed, Options("gelu_tanh", True), 16, longest)
-        scratch = launch.allocate(plan.tokens, packed.weights, plan.problem, keep=True)
-        grad = launch_backward.allocate(scratch)
+        scratch = launch.allocate(plan.tokens, packed.weights, plan.problem, plan.group, True)
+        states = [*packed.weights, *packed.momentum]
+        grad = launch_backward.allocate(scratch, TokenGrad(*packed[:6]), states, states)
     kept = sum(4 * prod(shape) for shape in operator.kept_shapes(packed, 16))
-    return kept, _bytes(scratch) + _bytes(grad)
+    between = [(x.x, x.d, x.e) for x in grad.layers]
+    return kept, _bytes([*scratch, grad.coefficient, between, grad.norm])
 
 
 def test_a_long_sequence_keeps_few_states():

@@ -6,10 +6,13 @@ import pytest
 import torch
 import triton
 from inputs import make_inputs
+from torch.utils import _pytree as pytree
 
 from titans_kernels import neural_memory, retrieve, warmup
 
 launch = pytest.importorskip("titans_kernels.kernels.launch")
+
+NOT_SPECIALISED = ("group", "blocks", "chunks")
 
 
 def _launched(call):
@@ -21,11 +24,9 @@ def _launched(call):
         class Watched:
             def __getitem__(self, grid):
                 def run(**arguments):
-                    fixed = {n: x for n, x in arguments.items() if not torch.is_tensor(x)}
-                    dtypes = {n: x.dtype for n, x in arguments.items() if torch.is_tensor(x)}
-                    for name in ("group", "blocks", "chunks"):  # are not specialised on
-                        fixed.pop(name, None)
-                    seen.add((kernel.__name__, *sorted(map(str, (fixed | dtypes).items()))))
+                    kept = {n: x for n, x in arguments.items() if n not in NOT_SPECIALISED}
+                    dtypes = pytree.tree_map(lambda x: getattr(x, "dtype", x), kept)
+                    seen.add((kernel.__name__, str(dtypes)))
                     return kernel[grid](**arguments)
 
                 return run

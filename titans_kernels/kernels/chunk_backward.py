@@ -105,10 +105,31 @@ def layers_backward(
         layers_backward(
             b_s, tokens, layers, coefficient, grad, p_norm, place, rows, ends, i_l + 1, sizes
         )
+        tl.debug_barrier()
     else:
         output_backward(tokens, layers, grad, p_norm, place, rows, sizes)
+    row, _, _, m_p, _ = rows
+    i_row = (place[1] * sizes.L + gates_of(i_l, sizes)) * sizes.BT + row
+    known = row_of(grad.coefficient, i_row, row, m_p, sizes)
+    # Warps that hold the same rows load them all, and one stores them: not before all have.
     tl.debug_barrier()
-    products_backward(kept, layers, coefficient, grad, place, rows, ends, i_l, sizes)
+    b_da, b_dc, b_dG = products_backward(
+        kept, layers, coefficient, grad, place, rows, ends, i_l, sizes
+    )
+    if row >= 0:
+        tl.store(grad.coefficient.a + i_row, known[0] + b_da)
+        tl.store(grad.coefficient.c + i_row, known[1] + b_dc)
+    p_dG = grad.coefficient.G + i_row * sizes.BT + tl.arange(0, sizes.BT)
+    tl.store(p_dG, known[2] - b_dG, mask=m_p)
+
+
+@triton.jit
+def row_of(grad, i_row, row, m_p, sizes):
+    """What a row of coefficients has of queries and of other layers: a, c, G."""
+    a = tl.load(grad.a + i_row, mask=row >= 0, other=0.0)
+    c = tl.load(grad.c + i_row, mask=row >= 0, other=0.0)
+    p_G = grad.G + i_row * sizes.BT + tl.arange(0, sizes.BT)
+    return a, c, tl.load(p_G, mask=m_p, other=0.0)
 
 
 @triton.jit
@@ -223,6 +244,7 @@ def output_backward(tokens, layers, grad, p_norm, place, rows, sizes):
         p_dnorm = grad.norm_keys + i_s * 2 * D
         b_dw += tl.load(p_dnorm + o_d, mask=m_d, other=0.0)
         b_db += tl.load(p_dnorm + D + o_d, mask=m_d, other=0.0)
+        tl.debug_barrier()
         tl.store(p_dnorm + o_d, b_dw, mask=m_d)
         tl.store(p_dnorm + D + o_d, b_db, mask=m_d)
     store_t(p_dy, b_dy, o_c, m_c, o_d, m_d, D)
@@ -234,7 +256,11 @@ def output_backward(tokens, layers, grad, p_norm, place, rows, sizes):
 
 @triton.jit
 def products_backward(kept, layers, coefficient, grad, place, rows, ends, i_l: tl.constexpr, sizes):
-    """`z_l = pull_l(act(z_{l-1}))`: the whole gradient of z_{l-1}."""
+    """`z_l = pull_l(act(z_{l-1}))`: the whole gradient of z_{l-1}.
+
+    Returns that of a, of c and, negative, of G: of the row that the chunk read the layer with. It
+    belongs to the query before the chunk, which read with it too.
+    """
     HIDDEN: tl.constexpr = sizes.HIDDEN
     OUT: tl.constexpr = width_out(i_l, sizes)
     LAST: tl.constexpr = i_l + 1 == sizes.DEPTH
@@ -267,11 +293,7 @@ def products_backward(kept, layers, coefficient, grad, place, rows, ends, i_l: t
         b_d = load_t(p_d, o_c, m_c, i + o_o, m_r, OUT).to(OP)
         b_l = load(p_dz, o_i, m_l, i + o_o, m_r, OUT).to(OP)
         b_gd = dot(b_l, b_d, b_gd, PRECISION)
-    # The row belongs to the query before the chunk, which read with it too.
     b_dG += tl.sum(b_xx * b_gd, 1)
-    i_row = (i_b * sizes.L + gates_of(i_l, sizes)) * BT + row
-    p_dG = grad.coefficient.G + i_row * BT + o_i
-    tl.store(p_dG, tl.load(p_dG, mask=m_p, other=0.0) - b_dG, mask=m_p)
     b_ggd = (b_gx * b_gd).to(OP)
     b_pa = tl.zeros([BH, BC], ACC)
     b_pc = tl.zeros([BH, BC], ACC)
@@ -300,10 +322,7 @@ def products_backward(kept, layers, coefficient, grad, place, rows, ends, i_l: t
         b_dz = load_t(p_below, o_c, m_c, j + o_h, m_h, HIDDEN)
         b_dz += b_dx * slope(b_z, sizes.ACTIVATION)
         store_t(p_below, b_dz, o_c, m_c, j + o_h, m_h, HIDDEN)
-    if row >= 0:
-        p_da, p_dc = grad.coefficient.a + i_row, grad.coefficient.c + i_row
-        tl.store(p_da, tl.load(p_da) + tl.sum(b_da + tl.sum(b_pa, 0), 0))
-        tl.store(p_dc, tl.load(p_dc) + tl.sum(b_dc + tl.sum(b_pc, 0), 0))
+    return tl.sum(b_da + tl.sum(b_pa, 0), 0), tl.sum(b_dc + tl.sum(b_pc, 0), 0), b_dG
 
 
 @triton.jit

@@ -205,9 +205,9 @@ def backward(
         grad = launch_backward.allocate(scratch, dtokens, dstate, danchor)
         query = Queries(packed.q, do, scratch.parts)
         for start in reversed(range(0, plan.most, plan.intervals.blocks)):
-            for first, (running, anchor) in reversed(_starts(plan, packed, kept, start, scratch)):
-                before = [x.to(packed.q.dtype, copy=True) for x in anchor]
-                group = scratch.at(running, anchor)
+            for first, states in reversed(_starts(plan, packed, kept, start, scratch)):
+                before = [x.to(packed.q.dtype, copy=True) for x in states[1]]
+                group = scratch.at(*states)
                 launch.coefficients(tokens, group, first, problem)
                 launch.scan(tokens, group, first, problem)
                 launch.retrieve(query, tokens, group, first, problem)

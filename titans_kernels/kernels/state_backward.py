@@ -22,6 +22,7 @@ def advance_backward(p_k, layer, coefficient, grad, place, ends, i_l: tl.constex
     OUT: tl.constexpr = width_out(i_l, sizes)
     FULL: tl.constexpr = IN if i_l == 0 else OUT
     SIDE: tl.constexpr = OUT if i_l == 0 else IN
+    STRIDE: tl.constexpr = sizes.H * FULL if i_l == 0 else FULL  # of what is full
     BT: tl.constexpr = sizes.BT
     BR: tl.constexpr = sizes.BR
     BN: tl.constexpr = sizes.BH if sizes.BH < 32 else 32
@@ -35,11 +36,9 @@ def advance_backward(p_k, layer, coefficient, grad, place, ends, i_l: tl.constex
     if i_l == 0:
         p_full, p_side = p_k, layer.d + i_b * BT * SIDE
         p_dfull, p_dside = grad.x + i_b * BT * FULL, grad.d + i_b * BT * SIDE
-        STRIDE: tl.constexpr = sizes.H * sizes.D
     else:
         p_full, p_side = layer.d + i_b * BT * FULL, layer.x + i_b * BT * SIDE
         p_dfull, p_dside = grad.d + i_b * BT * FULL, grad.x + i_b * BT * SIDE
-        STRIDE: tl.constexpr = FULL
     p_end = coefficient.end + (i_b * sizes.L + gates_of(i_l, sizes)) * (4 + 2 * BT)
     b_G = -tl.load(p_end + 4 + o_t)
     b_P = -tl.load(p_end + 4 + BT + o_t)

@@ -26,9 +26,6 @@ from .program import Found
 
 # How asynchronous operands land, and whether a load that races reads NaN: three runs, same bits.
 MODES = ({"late": True}, {"late": False}, {"late": True, "poison": True})
-# Every warp loads a replicated tile and one stores it, with no barrier; what the others read is
-# dead. The poisoned run shows it: its bits are those of the others.
-DEAD_RACES = {"scan_backward_kernel": {"races_global"}}
 
 
 @dataclass
@@ -46,7 +43,6 @@ class Row:
     instructions: float  # of warps, a token and head
     products: float  # of tensor cores, likewise
     faults: dict[str, int] = field(default_factory=dict)
-    dead_races: int = 0
     kernels: dict[str, list[float]] = field(default_factory=dict)  # the two counts of each
 
     def record(self) -> dict:
@@ -202,8 +198,7 @@ def run(case: Case, dtype: torch.dtype, arch: str) -> Row:
 
 def _check_launches(found: list[Found]) -> None:
     for launch in found:
-        faults = set(launch.faults) - DEAD_RACES.get(launch.kernel, set())
-        assert not faults, f"{launch.kernel}: {launch.faults}\n{launch.notes}"
+        assert not launch.faults, f"{launch.kernel}: {launch.faults}\n{launch.notes}"
 
 
 def _judge(case: Case, dtype: torch.dtype, pool: dict[str, list]) -> tuple[float, float]:
@@ -244,7 +239,6 @@ def _row(case, dtype, arch, size, launches, rms, error) -> Row:
         error=error,
         instructions=sum(x.counts["instr"] for x in launches) / tokens,
         products=sum(x.counts["mma"] for x in launches) / tokens,
-        dead_races=faults.pop("races_global", 0),
         faults=dict(faults),
         kernels=kernels,
     )

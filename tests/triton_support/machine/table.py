@@ -27,8 +27,6 @@ the launch wrote, or a barrier that not every warp reaches.
 - **error**: of the worst tensor, relative, in the Frobenius norm, over all seeds.
 - **ratio**: the worst tensor's RMS error over the yardstick's, at most 1.25 (float32: over the
   PyTorch backend's, at most 4).
-- **dead races**: scan_backward's replicated tiles are loaded by every warp and stored by one,
-  without a barrier; what the others read is never used, which the run with NaN shows.
 - **instructions**, **products**: of warps, and of tensor cores, executed a token and head. Products
   are `mma.sync` or a warp's part of `wgmma`.
 
@@ -37,9 +35,8 @@ of one warp, sm_100, AMD. `make machine` runs all cases and writes this page.
 
 """
 HEAD = (
-    "| case | GPU | Triton | dtype | tile | error | ratio | dead races | instructions "
-    "| products |\n"
-    "|---|---|---|---|---|---|---|---|---|---|\n"
+    "| case | GPU | Triton | dtype | tile | error | ratio | instructions | products |\n"
+    "|---|---|---|---|---|---|---|---|---|\n"
 )
 KERNELS = """
 ## By kernel
@@ -74,11 +71,11 @@ def page(records: list[dict]) -> str:
     for r in records:
         where = (r["case"], r["arch"], r["triton"], r["dtype"])
         if "failed" in r:
-            rows += _cells(*where, "failed: " + r["failed"].replace("|", "/"), *[""] * 5)
+            rows += _cells(*where, "failed: " + r["failed"].replace("|", "/"), *[""] * 4)
             continue
         counts = (f"{r['instructions']:,.0f}", f"{r['products']:.1f}")
         error, ratio = f"{r['error']:.1e}", f"{r['rms']:.2f}"
-        rows += _cells(*where, r["tile"], error, ratio, f"{r['dead_races']:,}", *counts)
+        rows += _cells(*where, r["tile"], error, ratio, *counts)
         # A warp's part of a wgmma is larger than the m16n8k16 that formulas are counted in.
         if r["case"] in PRICED and r["dtype"] != "float32" and r["arch"] == "sm_80":
             block = int(r["tile"].split("x")[0])
