@@ -55,8 +55,26 @@ OPERATOR = {
 }
 
 
-@pytest.mark.parametrize("goes_on", [False, True], ids=["", "going on"])
-@pytest.mark.parametrize("options", OPERATOR.values(), ids=OPERATOR)
+# Network, chunk and whether there is a state take turns; `make test-all` has all pairs.
+GOES_ON = {
+    **dict.fromkeys(("linear", "a chunk over blocks"), (True,)),
+    **dict.fromkeys(("three layers", "no residual"), (False,)),
+    "two layers": (False, True),
+}
+
+
+@pytest.mark.parametrize(
+    "options, goes_on",
+    [
+        pytest.param(
+            *(options, goes_on),
+            id=f"{name}, going on" if goes_on else name,
+            marks=() if goes_on in GOES_ON[name] else pytest.mark.wide,
+        )
+        for name, options in OPERATOR.items()
+        for goes_on in (False, True)
+    ],
+)
 def test_the_operator_at_any_length(options, goes_on):
     """One graph for all lengths, though every other length keeps another number of states."""
     depth, norm = options.get("depth", 2), options.get("norm", True)

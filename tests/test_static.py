@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,21 +21,36 @@ ROOT = Path(__file__).parents[1]
 SECOND = os.environ.get("SECOND_TRITON", f"{sys.prefix}/triton-3.6.0")
 
 
-CHECKS = {
-    **{arch: ("", arch) for arch in ARCHITECTURES},
-    **{f"second, {arch}": (SECOND, arch) for arch in ARCHITECTURES},
+# `make test` compiles for every architecture and Triton, and for every head dimension once;
+# `make static` and `make test-all` all of them, which takes many minutes.
+ESSENTIAL = {
+    "sm_80, D 256": ("", "sm_80", (256,)),
+    "sm_90, D 64": ("", "sm_90", (64,)),
+    "sm_100, D 64": ("", "sm_100", (64,)),
+    "gfx942, D 128": ("", "gfx942", (128,)),
+    "second, sm_90, D 64": (SECOND, "sm_90", (64,)),
+    "second, sm_80, D 128": (SECOND, "sm_80", (128,)),
+}
+ALL = {
+    f"{'second, ' if path else ''}{arch}": (path, arch, static.HEAD_DIMS)
+    for path, arch in product(("", SECOND), ARCHITECTURES)
 }
 
 
 # A process each: they do not interpret, some have another Triton, and two workers share them.
 @pytest.mark.slow
-@pytest.mark.parametrize("path, arch", CHECKS.values(), ids=CHECKS)
-def test_shipped_kernels(path, arch, tmp_path):
+@pytest.mark.parametrize(
+    "path, arch, head_dims",
+    [pytest.param(*row, id=name) for name, row in ESSENTIAL.items()]
+    + [pytest.param(*row, id=name, marks=pytest.mark.wide) for name, row in ALL.items()],
+)
+def test_shipped_kernels(path, arch, head_dims, tmp_path):
     if path and not Path(path, "triton").is_dir():
         pytest.skip(f"no {path}; `make test` installs it")
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)} | ({"PYTHONPATH": path} if path else {})
     command = [sys.executable, "-m", "benchmarks.machine_code.static", "--check", "--arch", arch]
+    command += ["--head-dim", *map(str, head_dims)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f"\n{kernel} " in done.stdout for kernel in static.KERNELS)
