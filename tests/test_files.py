@@ -1,16 +1,19 @@
 """Files are for ever, and are data: what an earlier version wrote is read, and nothing in it runs.
 
-`python tests/test_files.py FOLDER` writes the files of this version. Those in tests/written/ are
-never written again: a version that cannot read them breaks what users have on their disks.
+`python tests/test_files.py FOLDER` writes the files of this version, of training too. Those in
+tests/written/ are never written again: a version that cannot read them breaks what users have on their disks.
 """
 
 import ast
 import contextlib
+import csv
 import hashlib
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,44 @@ def write(folder):
     torch.save(pytree.tree_map(torch.Tensor.detach, results), folder / "results.pt")
 
 
+RUN = {
+    **{"out": "run", "data": "text", "pattern": "*.txt", "rows": 2, "length": 12, "pieces": 4},
+    **{"steps": 5, "warmup": 2, "log_every": 1, "checkpoint_every": 3, "keep": 9},
+    **{"evaluate_every": 9, "evaluate_files": 1, "evaluate_length": 24, "device": "cpu"},
+    "model": {
+        **{"hidden_size": 8, "num_hidden_layers": 1, "num_heads": 2, "intermediate_size": 8},
+        **{"variant": "mac", "segment": 4, "chunk_size": 5},
+    },
+}
+
+
+def _trained(steps):
+    """The run in this folder, taken to the end; what it did then."""
+    from titans_kernels.train.config import Config
+    from titans_kernels.train.loop import Training
+    from titans_kernels.train.processes import Processes
+
+    Path("text").mkdir(exist_ok=True)
+    for i in range(12):
+        Path(f"text/{i}.txt").write_bytes(bytes(97 + i * j % 23 for j in range(5000)))
+    training = Training(Config(**RUN), Processes(0, 1, torch.device("cpu")))
+    assert training.step == 5 - steps
+    training.run()
+    with open("run/train.csv", newline="") as file:
+        done = list(csv.DictReader(file))[-steps:]
+    parameters = [p.detach() for p in training.model.parameters()]
+    return [[float(row["bits"]), float(row["gradient"])] for row in done], parameters
+
+
+def write_training(folder):
+    """A checkpoint in the middle of a window of text, and the two steps after it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        os.chdir(temporary)
+        done, parameters = _trained(5)
+        shutil.copytree("run/checkpoints/step-00000003", folder / "step-00000003")
+    torch.save({"rows": torch.tensor(done[-2:]), "parameters": parameters}, folder / "results.pt")
+
+
 @pytest.fixture(params=VERSIONS)
 def written(request):
     folder = WRITTEN / request.param
@@ -117,6 +158,25 @@ def test_a_written_model(written):
     models = pytest.importorskip("titans_kernels.models")
     model = models.TitansForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
     _close(model.eval()(TOKENS).logits, results["model"])
+
+
+@pytest.mark.parametrize("lacks", ["", "clip"], ids=["", "an option that is new"])
+def test_a_written_run_goes_on(written, lacks, tmp_path, monkeypatch):
+    """Parameters, what the optimizer holds and memories: it has read a part of a window."""
+    from titans_kernels.train import checkpoint
+
+    folder = written[0] / "training"
+    step = shutil.copytree(folder / "step-00000003", tmp_path / "run/checkpoints/step-00000003")
+    if lacks:
+        facts = checkpoint.read_manifest(step)
+        del facts["config"][lacks]
+        checkpoint._write_manifest(step / checkpoint.MANIFEST, facts)
+    monkeypatch.chdir(tmp_path)
+    done, parameters = _trained(2)
+    results = torch.load(folder / "results.pt", weights_only=True)
+    torch.testing.assert_close(torch.tensor(done), results["rows"], rtol=1e-4, atol=0)
+    for got, want in zip(parameters, results["parameters"], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------- nothing in them runs
@@ -251,4 +311,5 @@ model.generate(TOKENS, max_new_tokens=2, do_sample=False)
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    write(Path(sys.argv[1]).absolute())
+    write_training(Path(sys.argv[1]).absolute() / "training")

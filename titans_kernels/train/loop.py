@@ -278,8 +278,9 @@ class Training:
         return rows, structure, own
 
     def _check_same_run(self, path: Path, facts: dict[str, Any]) -> None:
-        before, now = facts["config"], asdict(self.config)
-        changed = [n for n in now if n not in CHANGEABLE and now[n] != before.get(n)]
+        # A version that did not have an option did what is now its default.
+        before, now = asdict(Config()) | facts["config"], asdict(self.config)
+        changed = [n for n in now if n not in CHANGEABLE and now[n] != before[n]]
         if changed:
             raise ValueError(f"{path}: the run there has other {', '.join(changed)}")
         if self.config.steps < facts["step"]:
