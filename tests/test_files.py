@@ -1,7 +1,8 @@
 """Files are for ever, and are data: what an earlier version wrote is read, and nothing in it runs.
 
-`python tests/test_files.py FOLDER` writes the files of this version, of training too. Those in
-tests/written/ are never written again: a version that cannot read them breaks what users have on their disks.
+`python tests/test_files.py FOLDER` writes the files of this version, a training checkpoint too.
+Those in tests/written/ are never written again: a version that cannot read them breaks what users
+have on their disks.
 """
 
 import ast
