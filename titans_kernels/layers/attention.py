@@ -41,6 +41,7 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        checking.rotary(rotary, dim_head)
         self.heads, self.dim_head, self.rotary = heads, dim_head, rotary
         inner = heads * dim_head
 
@@ -133,6 +134,7 @@ class WindowAttention(Attention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        checking.state_rows("window", window)
         super().__init__(dim, heads, dim_head, rotary, device=device, dtype=dtype)
         self.window = window
 
@@ -312,6 +314,7 @@ class SegmentAttention(Attention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        checking.state_rows("segment", segment)
         super().__init__(dim, heads, dim_head, rotary, device=device, dtype=dtype)
         self.segment = segment
 

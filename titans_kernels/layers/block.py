@@ -76,6 +76,19 @@ class Block(Sealing, Generic[S]):
         dtype: torch.dtype | None,
         **memory: Unpack[BlockOptions],
     ) -> None:
+        """Arguments of every block; what each takes in addition is in the docstring of its class.
+
+        Args:
+            dim (int): width of the model.
+            heads (int): heads of the memories, and of the attention. Default: 4.
+            dim_head (int | None): width of queries, keys and values. Default: dim / heads.
+            n_persistent (int): P, persistent tokens. Default: 4 in blocks with attention, else 0.
+            device, dtype: of the parameters.
+            **memory: of the memory, as `NeuralMemory` takes them: depth, expansion, chunk_size,
+                activation, residual, norm, per_layer_gates, conv_size, max_learning_rate, backend.
+                With local_chunks it is that of `TitansTNT`: global_chunk, reset_every and project
+                are taken as well, chunk_size is not.
+        """
         super().__init__()
         checks.integer("n_persistent", n_persistent, 0)
         self.memory = make_memory(

@@ -27,17 +27,6 @@ class TitansLMM(Block[LayerState]):
 
         those of NeuralMemory + n_persistent dim
 
-    Args:
-        dim (int): width of the model.
-        heads (int): memories side by side. Default: 4.
-        dim_head (int | None): width of queries, keys and values. Default: dim / heads.
-        n_persistent (int): P, persistent tokens. Default: 0.
-        device, dtype: of the parameters.
-        **memory: of the memory, as `NeuralMemory` takes them: depth, expansion, chunk_size,
-            activation, residual, norm, per_layer_gates, conv_size, max_learning_rate, backend.
-            With local_chunks it is that of `TitansTNT`, and takes global_chunk, reset_every and
-            project beside it.
-
     Examples:
         >>> import torch
         >>> from titans_kernels.layers import TitansLMM

@@ -53,18 +53,9 @@ class TitansMAC(Block[ContextState]):
     call takes as many rounds as the sequence with the most segments has.
 
     Args:
-        dim (int): width of the model.
-        heads (int): memories side by side, and heads of the attention. Default: 4.
-        dim_head (int | None): width of queries, keys and values of both. Default: dim / heads.
         segment (int): tokens of a segment. Semantics: a model is run with the segment it was
             trained with. Default: 512.
-        n_persistent (int): P, persistent tokens. Default: 4.
         rotary (bool): whether attention rotates queries and keys by their distance. Default: True.
-        device, dtype: of the parameters.
-        **memory: of the memory, as `NeuralMemory` takes them: depth, expansion, chunk_size,
-            activation, residual, norm, per_layer_gates, conv_size, max_learning_rate, backend.
-            With local_chunks it is that of `TitansTNT`, and takes global_chunk, reset_every and
-            project beside it.
 
     Examples:
         >>> import torch
@@ -92,8 +83,6 @@ class TitansMAC(Block[ContextState]):
         **memory: Unpack[BlockOptions],
     ) -> None:
         super().__init__(dim, heads, dim_head, n_persistent, device=device, dtype=dtype, **memory)
-        checking.state_rows("segment", segment)
-        checking.rotary(rotary, self.dim_head)
         self.segment = segment
         self.attention = SegmentAttention(
             dim, heads, self.dim_head, rotary, segment, device=device, dtype=dtype

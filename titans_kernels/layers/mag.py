@@ -28,17 +28,8 @@ class TitansMAG(WindowBlock):
         those of NeuralMemory + 4 dim inner + n_persistent dim + 2 dim
 
     Args:
-        dim (int): width of the model.
-        heads (int): memories side by side, and heads of the attention. Default: 4.
-        dim_head (int | None): width of queries, keys and values of both. Default: dim / heads.
         window (int): tokens that a token attends to, itself included. Default: 512.
-        n_persistent (int): P, persistent tokens. Default: 4.
         rotary (bool): whether attention rotates queries and keys by their distance. Default: True.
-        device, dtype: of the parameters.
-        **memory: of the memory, as `NeuralMemory` takes them: depth, expansion, chunk_size,
-            activation, residual, norm, per_layer_gates, conv_size, max_learning_rate, backend.
-            With local_chunks it is that of `TitansTNT`, and takes global_chunk, reset_every and
-            project beside it.
 
     Examples:
         >>> import torch

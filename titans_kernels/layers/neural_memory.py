@@ -44,7 +44,7 @@ class NeuralMemory(Learner, Sealing):
 
     Args:
         dim (int): width of the model.
-        heads (int): memories side by side. Default: 4.
+        heads (int): each has a memory of its own. Default: 4.
         dim_head (int | None): width of queries, keys and values. Default: dim / heads.
         depth (int): layers of a memory. Default: 2.
         expansion (int): width of a memory's hidden layers over dim_head. Default: 4.

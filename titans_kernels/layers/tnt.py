@@ -48,19 +48,11 @@ class TitansTNT(TitansLMM):
     chunks of the same number: the paper trains on, for about 5% of the steps, with smaller ones.
 
     Args:
-        dim (int): width of the model.
-        heads (int): heads of every memory. Default: 4.
-        dim_head (int | None): width of queries, keys and values. Default: dim / heads.
         global_chunk (int): tokens of a chunk of the global memory. Default: 2,048.
         local_chunks (Sequence[int]): tokens of a chunk of each local memory. Default: (16,).
         reset_every (int): tokens between two resets of the local memories. Default: 2,048.
         project (str | None): onto which keys their queries are projected, those of the "shard" or
             of the "chunk"; None: they are not. Default: "shard".
-        n_persistent (int): P, persistent tokens. Default: 0.
-        device, dtype: of the parameters.
-        **memory: of the memories, as `NeuralMemory` takes them: depth, expansion, activation,
-            residual, norm, per_layer_gates, conv_size, max_learning_rate, backend; chunk_size is
-            refused, it is global_chunk and local_chunks.
 
     Examples:
         >>> import torch

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import checking
 from .attention import WindowAttention
 from .block import Block, BlockOptions
 from .state import HybridState
@@ -34,8 +33,6 @@ class WindowBlock(Block[HybridState]):
         **memory: Unpack[BlockOptions],
     ) -> None:
         super().__init__(dim, heads, dim_head, n_persistent, device=device, dtype=dtype, **memory)
-        checking.state_rows("window", window)
-        checking.rotary(rotary, self.dim_head)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.attention = WindowAttention(dim, heads, self.dim_head, rotary, window, **place)
         self._add_parts(**place)
