@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from titans_kernels import NeuralMemory, neural_memory, replace, retrieve, warmup
+from benchmarks.gpu.stages import STAGES
+from titans_kernels import NeuralMemory, neural_memory, replace, retrieve, verify, warmup
 from titans_kernels.adapt import TitansAttention, TitansPytorchMemory
 from titans_kernels.adapt.titans_pytorch import ONLY
 from titans_kernels.layers import TitansLMM, TitansMAC, TitansMAG, TitansMAL, TitansTNT
@@ -164,6 +165,16 @@ def test_the_options_have_every_variable_of_the_environment():
     assert {name for name in read if f"`{name}`" not in (DOCS / "options.md").read_text()} == (
         of_the_platform
     )
+
+
+def test_the_pages_have_every_stage_and_option_of_the_commands(capsys):
+    rows = re.findall(r"^\| `([a-z]+)` \|", (DOCS / "benchmarks.md").read_text(), re.M)
+    assert rows == list(STAGES)
+    with pytest.raises(SystemExit):
+        verify.main(["--help"])
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+    rows = re.findall(r"^\| `(--[a-z-]+)` \|", (DOCS / "numerics.md").read_text(), re.M)
+    assert set(rows) == options
 
 
 DOCUMENTED = [owner for owner in TABLES if owner is not Config] + [warmup, TitansPytorchMemory]
