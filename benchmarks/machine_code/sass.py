@@ -54,6 +54,7 @@ class Report:
     tensor_core: dict[str, int]  # instructions by name
     loads: dict[int, int]  # from global memory: instructions by bytes a thread
     stores: dict[int, int]
+    unfenced: int = 0  # products on Hopper that may read shared memory from before a copy to it
     executed: dict[str, int] = field(default_factory=dict)  # warp instructions of a launch, by kind
     flop: float = 0.0  # of a launch, on tensor cores
     needed: float = 0.0  # FLOP of a launch that products in the kernel's source have
@@ -91,6 +92,7 @@ class Report:
             "bytes of shared memory": (self.shared, arch.shared_memory),
             "columns of tensor memory": (self.tensor_memory, TENSOR_MEMORY),
             "traps": (self.traps, 0),
+            "products without a fence behind an asynchronous copy": (self.unfenced, 0),
         }
         return [
             f"{self.kernel} on {self.arch}: {found:,} {what}, at most {limit:,}"
@@ -163,7 +165,21 @@ def _read_nvidia(asm: Any) -> tuple[executed.Code, dict[str, Any]]:
         tensor_core=_by_name(ops, _NVIDIA_PRODUCT),
         loads=_by_width(ops, ("LDG", "LDGSTS")),
         stores=_by_width(ops, ("STG",)),
+        unfenced=unfenced(asm["ptx"]),
     )
+
+
+def unfenced(ptx: str) -> int:
+    """wgmma after a wait for copies, with no proxy fence in between, as the text goes."""
+    found, waited = 0, False
+    for line in map(str.strip, ptx.splitlines()):
+        if line.startswith("cp.async.wait"):
+            waited = True
+        elif line.startswith("fence.proxy.async"):
+            waited = False
+        elif line.startswith("wgmma.mma_async"):
+            found += waited
+    return found
 
 
 def _tool(name: str, option: str, cubin: bytes) -> str:

@@ -43,31 +43,15 @@ def start_row(o_t, sizes):
 
 
 @triton.jit
-def gates_of(i_l: tl.constexpr, sizes):
-    """A layer's coefficients among L."""
-    return i_l if sizes.L > 1 else 0
-
-
-@triton.jit
-def width_in(i_l: tl.constexpr, sizes):
-    return sizes.D if i_l == 0 else sizes.HIDDEN
-
-
-@triton.jit
-def width_out(i_l: tl.constexpr, sizes):
-    return sizes.D if i_l == sizes.DEPTH - 1 else sizes.HIDDEN
-
-
-@triton.jit
 def history(coefficient, i_b, row, m_p, i_l: tl.constexpr, sizes):
     """-G of a row: how much of each earlier token's update a state still holds, [BT]."""
-    o = ((i_b * sizes.L + gates_of(i_l, sizes)) * sizes.BT + row) * sizes.BT
+    o = ((i_b * sizes.L + sizes.GATES[i_l]) * sizes.BT + row) * sizes.BT
     return -tl.load(coefficient.G + o + tl.arange(0, sizes.BT), mask=m_p, other=0.0)
 
 
 @triton.jit
 def weights_of(coefficient, i_b, row, i_l: tl.constexpr, sizes):
     """a and c of a row."""
-    o = (i_b * sizes.L + gates_of(i_l, sizes)) * sizes.BT + row
+    o = (i_b * sizes.L + sizes.GATES[i_l]) * sizes.BT + row
     a = tl.load(coefficient.a + o, mask=row >= 0, other=1.0)
     return a, tl.load(coefficient.c + o, mask=row >= 0, other=0.0)

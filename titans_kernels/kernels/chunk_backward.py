@@ -20,7 +20,7 @@ and a reader (h, g) gives the rows of its history
 import triton
 import triton.language as tl
 
-from .blocks import gates_of, history, weights_of, width_in, width_out
+from .blocks import history, weights_of
 from .network import curvature, error_backward, slope
 from .operands import dot, load, load_t, store_t
 
@@ -79,7 +79,7 @@ def later(coefficient, i_b, rows, i_l: tl.constexpr, sizes):
     BT: tl.constexpr = sizes.BT
     _, o_c, m_c, _, m_l = rows
     o_row = tl.arange(0, BT) // sizes.CHUNK * sizes.CHUNK - 1
-    p_G = coefficient.G + (i_b * sizes.L + gates_of(i_l, sizes)) * BT * BT
+    p_G = coefficient.G + (i_b * sizes.L + sizes.GATES[i_l]) * BT * BT
     m = m_l[:, None] & m_c[None, :]
     return -tl.load(p_G + o_row[:, None] * BT + o_c[None, :], mask=m, other=0.0)
 
@@ -109,7 +109,7 @@ def layers_backward(
     else:
         output_backward(tokens, layers, grad, p_norm, place, rows, sizes)
     row, _, _, m_p, _ = rows
-    i_row = (place[1] * sizes.L + gates_of(i_l, sizes)) * sizes.BT + row
+    i_row = (place[1] * sizes.L + sizes.GATES[i_l]) * sizes.BT + row
     known = row_of(grad.coefficient, i_row, row, m_p, sizes)
     # Warps that hold the same rows load them all, and one stores them: not before all have.
     tl.debug_barrier()
@@ -139,7 +139,7 @@ def errors_backward(b_s, layers, coefficient, grad, place, rows, ends, i_l: tl.c
     Returns what `products_backward` goes on from.
     """
     HIDDEN: tl.constexpr = sizes.HIDDEN
-    OUT: tl.constexpr = width_out(i_l, sizes)
+    OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
     LAST: tl.constexpr = i_l + 1 == sizes.DEPTH
     BT: tl.constexpr = sizes.BT
     BC: tl.constexpr = sizes.BC
@@ -262,7 +262,7 @@ def products_backward(kept, layers, coefficient, grad, place, rows, ends, i_l: t
     belongs to the query before the chunk, which read with it too.
     """
     HIDDEN: tl.constexpr = sizes.HIDDEN
-    OUT: tl.constexpr = width_out(i_l, sizes)
+    OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
     LAST: tl.constexpr = i_l + 1 == sizes.DEPTH
     BT: tl.constexpr = sizes.BT
     BC: tl.constexpr = sizes.BC
@@ -329,7 +329,7 @@ def products_backward(kept, layers, coefficient, grad, place, rows, ends, i_l: t
 def state_of(layer, place, i_l: tl.constexpr, sizes):
     """The state that the chunk read; where it spans blocks there is no share of its momentum."""
     i_s, i_b, i_w, begun, _, _ = place
-    o = width_in(i_l, sizes) * width_out(i_l, sizes)
+    o = sizes.WIDTHS[i_l] * sizes.WIDTHS[i_l + 1]
     if sizes.SPAN == 1:
         return layer.W + i_b * o, layer.S + i_b * o
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,9 +36,11 @@ class Problem(NamedTuple):
             token.k, hidden, depth, self.tile, self.activation, self.residual, self.norm
         )
         BC = max(16, triton.next_power_of_2(chunk))
-        return Sizes(**self._rows(token), **fixed(BC=BC, BQ=self.tile.queries), **network)
+        gates = tuple(i_l if token.theta.shape[2] > 1 else 0 for i_l in range(depth))
+        rest = fixed(BC=BC, BQ=self.tile.queries, GATES=gates)
+        return Sizes(**self._rows(token), **rest, **network)
 
-    def _rows(self, token: Tokens) -> dict[str, object]:
+    def _rows(self, token: Tokens) -> dict[str, Any]:
         return fixed(
             H=token.k.shape[1],
             L=token.theta.shape[2],
@@ -57,7 +59,7 @@ def network_sizes(
     activation: str,
     residual: bool,
     norm: Tensor | None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     BD = max(16, triton.next_power_of_2(x.shape[-1]))
     return fixed(
         D=x.shape[-1],
@@ -70,6 +72,7 @@ def network_sizes(
         HAS_NORM=norm is not None,
         RESIDUAL=residual,
         PRECISION="tf32" if _tf32() else "ieee",
+        WIDTHS=(x.shape[-1], *[hidden] * (depth - 1), x.shape[-1]),
     )
 
 
@@ -246,7 +249,7 @@ def recall(
     o, blocks = torch.empty_like(q), triton.cdiv(longest, tile.block)
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     network = network_sizes(q, hidden, depth, tile, activation, residual, norm)
-    rows = fixed(H=H, L=1, CHUNK=1, TOKENS=1, SPAN=1, BT=tile.block, BC=16, BQ=16)
+    rows = fixed(H=H, L=1, CHUNK=1, TOKENS=1, SPAN=1, BT=tile.block, BC=16, BQ=16, GATES=())
     if N * blocks:
         recall_kernel[(N * blocks, H)](
             p_q=q,

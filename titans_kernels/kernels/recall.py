@@ -6,7 +6,6 @@ Grid: (sequences x blocks, heads).
 import triton
 import triton.language as tl
 
-from .blocks import width_in
 from .network import activate, head
 from .operands import dot, load_t, store_t
 
@@ -41,7 +40,7 @@ def recall_kernel(
     i_s, o_x = i_n * H + i_h, (first * H + i_h) * HIDDEN
     p_q += (first * H + i_h) * D
     p_o += (first * H + i_h) * D
-    p_W = weights[LAST] + i_s * width_in(LAST, sizes) * D
+    p_W = weights[LAST] + i_s * sizes.WIDTHS[LAST] * D
 
     b_y = tl.zeros([sizes.BD, sizes.BT], ACC)
     if LAST == 0:
@@ -53,7 +52,7 @@ def recall_kernel(
     else:
         b_q = load_t(p_q, o_t, m_t, o_d, m_d, H * D)  # [BD, BT]
         for i_l in tl.static_range(LAST):
-            p_w = weights[i_l] + i_s * width_in(i_l, sizes) * HIDDEN
+            p_w = weights[i_l] + i_s * sizes.WIDTHS[i_l] * HIDDEN
             if i_l > 0:  # reads what the layer below stored
                 tl.debug_barrier()
             for j in tl.range(0, hidden, BH, disable_licm=True):

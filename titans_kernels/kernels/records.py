@@ -8,7 +8,7 @@ other tensor.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton.language as tl
 from torch import Tensor
@@ -137,8 +137,14 @@ class Sizes(NamedTuple):
     HAS_NORM: tl.constexpr
     RESIDUAL: tl.constexpr
     PRECISION: tl.constexpr  # of products of float32
+    WIDTHS: tuple[tl.constexpr, ...]  # of layers: into the first, out of each
+    GATES: tuple[tl.constexpr, ...]  # of layers: theirs among L
 
 
-def fixed(**values: object) -> dict[str, tl.constexpr]:
+def fixed(**values: object) -> dict[str, Any]:
     """Values as Triton wants those of a record that are compiled in."""
-    return {name: tl.constexpr(value) for name, value in values.items()}
+    return {name: _constant(value) for name, value in values.items()}
+
+
+def _constant(value: object) -> Any:
+    return tuple(map(tl.constexpr, value)) if isinstance(value, tuple) else tl.constexpr(value)

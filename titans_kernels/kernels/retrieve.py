@@ -11,7 +11,7 @@ states, inputs and errors that `scan` left.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, gates_of, query_of, width_in, width_out
+from .blocks import block_of, query_of
 from .network import activate, head
 from .operands import dot, load, load_t, store_t
 
@@ -72,7 +72,7 @@ def retrieve_kernel(
             )
             # What G, a and c were loaded for first would fill registers all along. The modifier
             # only keeps the compiler from merging these loads with the first.
-            o_a = (i_b * sizes.L + gates_of(i_l + 1, sizes)) * BT
+            o_a = (i_b * sizes.L + sizes.GATES[i_l + 1]) * BT
             p_G = coefficient.G + o_a * BT
             b_G = tl.load(p_G + o_q[None, :] * BT + o_t[:, None], cache_modifier=".ca")
             b_s = (-b_G * b_xx).to(OP)
@@ -137,8 +137,8 @@ def hidden_layer(
     OP: tl.constexpr = b_q.dtype
     o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, sizes.BD), tl.arange(0, sizes.BH)
     m_t, m_d, m_r = o_t < count, o_d < D, o_q < count
-    o_b, o_w = i_b * BT * HIDDEN, i_b * width_in(i_l, sizes) * HIDDEN
-    o_y = i_b * HIDDEN * width_out(i_l + 1, sizes)
+    o_b, o_w = i_b * BT * HIDDEN, i_b * sizes.WIDTHS[i_l] * HIDDEN
+    o_y = i_b * HIDDEN * sizes.WIDTHS[i_l + 2]
     b_xx = tl.zeros([BT, sizes.BQ], b_W.dtype)
     if i_l > 0:  # reads what the layer below stored
         tl.debug_barrier()

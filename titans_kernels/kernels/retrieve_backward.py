@@ -17,7 +17,7 @@ every tensor of the scratch once.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, gates_of, query_of, width_out
+from .blocks import block_of, query_of
 from .network import head_backward, slope
 from .operands import dot, load, load_t, store, store_t
 
@@ -65,7 +65,7 @@ def retrieve_backward_kernel(
     store_t(p_y, b_dy, o_t, m_t, o_d, m_d, D)
     # Behind a LayerNorm dy is all but orthogonal to y: taken from rounded factors, as the gradient
     # of x is, this would be rounding and little else.
-    o_a = (i_b * sizes.L + gates_of(LAST, sizes)) * BT
+    o_a = (i_b * sizes.L + sizes.GATES[LAST]) * BT
     b_part = load_t(p_part, o_t, m_t, o_d, m_d, D)
     tl.store(grad.coefficient.a + o_a + o_t, tl.sum(b_dy * b_part, 0), mask=m_t)
     b_part = load_t(p_part + BT * D, o_t, m_t, o_d, m_d, D)
@@ -92,7 +92,7 @@ def layer_backward(
     """A layer that is not the first: of its keys' inputs and errors, of the products below it."""
     query_layer, below, i_b, m_t = place
     HIDDEN: tl.constexpr = sizes.HIDDEN
-    OUT: tl.constexpr = width_out(i_l, sizes)
+    OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
     LAST: tl.constexpr = i_l + 1 == sizes.DEPTH
     BT: tl.constexpr = sizes.BT
     BH: tl.constexpr = sizes.BH
@@ -106,7 +106,7 @@ def layer_backward(
     p_d, p_dz = layer.d + i_b * BT * OUT, query_layer.z + i_b * BT * OUT
     p_z = below.z + i_b * BT * HIDDEN
     o_w = i_b * HIDDEN * OUT
-    o_a = (i_b * sizes.L + gates_of(i_l, sizes)) * BT
+    o_a = (i_b * sizes.L + sizes.GATES[i_l]) * BT
 
     # [BT, BT] tiles are keys i by queries t.
     b_hx = tl.zeros([BT, BT], ACC)

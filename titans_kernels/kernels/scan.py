@@ -18,7 +18,7 @@ barrier stands between; loops that store what they load are not pipelined.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, gates_of, history, start_row, weights_of, width_in, width_out
+from .blocks import block_of, history, start_row, weights_of
 from .network import activate, error, slope
 from .operands import dot, load, load_t, store_t
 
@@ -63,7 +63,7 @@ def scan_kernel(
             if sizes.SPAN > 1:  # the last block of a chunk that lacks tokens does not make it whole
                 whole = whole & (count == sizes.CHUNK - (sizes.SPAN - 1) * sizes.TOKENS)
             for i_l in tl.static_range(sizes.DEPTH):
-                o_end = (i_b * sizes.L + gates_of(i_l, sizes)) * (4 + 2 * sizes.BT)
+                o_end = (i_b * sizes.L + sizes.GATES[i_l]) * (4 + 2 * sizes.BT)
                 to = (coefficient.end + o_end, i_s, i_b, more, whole)
                 advance(p_k, layers[i_l], to, count, hidden, width, i_l, sizes, KEEP)
             tl.debug_barrier()
@@ -244,7 +244,7 @@ def products(layer, coefficient, place, rows, j, hidden, i_l: tl.constexpr, size
 @triton.jit
 def state_of(layer, i_w, i_l: tl.constexpr, sizes):
     """The state that keys read: the block's, or that of the chunk it is a part of."""
-    o = i_w * width_in(i_l, sizes) * width_out(i_l, sizes)
+    o = i_w * sizes.WIDTHS[i_l] * sizes.WIDTHS[i_l + 1]
     if sizes.SPAN == 1:
         return layer.W + o, layer.S + o
     else:
@@ -329,8 +329,8 @@ def advance(
     KEEP: tl.constexpr,
 ):
     """A layer's state to the block's end, by tiles of which W and S fit in registers."""
-    IN: tl.constexpr = width_in(i_l, sizes)
-    OUT: tl.constexpr = width_out(i_l, sizes)
+    IN: tl.constexpr = sizes.WIDTHS[i_l]
+    OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
     BT: tl.constexpr = sizes.BT
     BH: tl.constexpr = sizes.BH
     BU: tl.constexpr = sizes.BD if sizes.BD < 128 else 128
@@ -372,7 +372,7 @@ def advance_tile(
     sizes,
     KEEP: tl.constexpr,
 ):
-    W: tl.constexpr = width_in(i_l, sizes) * width_out(i_l, sizes)
+    W: tl.constexpr = sizes.WIDTHS[i_l] * sizes.WIDTHS[i_l + 1]
     BT: tl.constexpr = sizes.BT
     OP: tl.constexpr = b_x.dtype
     p_end, i_s, i_b, more, whole = to

@@ -17,7 +17,7 @@ and what it holds then fills registers all along.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, gates_of, query_of, start_row
+from .blocks import block_of, query_of, start_row
 from .chunk_backward import chunk_backward
 from .state_backward import advance_backward, hand_back
 
@@ -69,7 +69,7 @@ def scan_backward_kernel(
                 )
                 b_dG, b_dP = b_dG_l + b_dG, b_dP_l + b_dP
                 if L > 1 or i_l + 1 == sizes.DEPTH:
-                    o_end = gates_of(i_l, sizes) * (4 + 2 * BT) + 4
+                    o_end = sizes.GATES[i_l] * (4 + 2 * BT) + 4
                     tl.store(p_end + o_end + o_i, b_dG)
                     tl.store(p_end + o_end + BT + o_i, b_dP)
                     b_dG = tl.zeros([BT], ACC)
@@ -105,7 +105,7 @@ def scan_backward_kernel(
                 )
                 da, dc, dp = da_l + da, dc_l + dc, dp_l + dp
                 if L > 1 or i_l + 1 == sizes.DEPTH:
-                    o_end = gates_of(i_l, sizes) * (4 + 2 * BT)
+                    o_end = sizes.GATES[i_l] * (4 + 2 * BT)
                     tl.store(p_end + o_end, da)
                     tl.store(p_end + o_end + 1, dc)
                     tl.store(p_end + o_end + 2, dp)

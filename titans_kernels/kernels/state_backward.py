@@ -7,7 +7,6 @@ The block hands on `W' = a W + c S - X^T (G D)` and `S' = p S - X^T (P D)`. Toke
 import triton
 import triton.language as tl
 
-from .blocks import gates_of, width_in, width_out
 from .operands import dot, load, load_t, store
 
 
@@ -18,8 +17,8 @@ def advance_backward(p_k, layer, coefficient, grad, place, ends, i_l: tl.constex
     One of the two, `full`, goes with the outer loop, the other, `side`, with the inner one: inputs
     of the first layer, errors of any other.
     """
-    IN: tl.constexpr = width_in(i_l, sizes)
-    OUT: tl.constexpr = width_out(i_l, sizes)
+    IN: tl.constexpr = sizes.WIDTHS[i_l]
+    OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
     FULL: tl.constexpr = IN if i_l == 0 else OUT
     SIDE: tl.constexpr = OUT if i_l == 0 else IN
     STRIDE: tl.constexpr = sizes.H * FULL if i_l == 0 else FULL  # of what is full
@@ -39,7 +38,7 @@ def advance_backward(p_k, layer, coefficient, grad, place, ends, i_l: tl.constex
     else:
         p_full, p_side = layer.d + i_b * BT * FULL, layer.x + i_b * BT * SIDE
         p_dfull, p_dside = grad.d + i_b * BT * FULL, grad.x + i_b * BT * SIDE
-    p_end = coefficient.end + (i_b * sizes.L + gates_of(i_l, sizes)) * (4 + 2 * BT)
+    p_end = coefficient.end + (i_b * sizes.L + sizes.GATES[i_l]) * (4 + 2 * BT)
     b_G = -tl.load(p_end + 4 + o_t)
     b_P = -tl.load(p_end + 4 + BT + o_t)
     b_dG = tl.zeros([BT], ACC)
@@ -85,8 +84,8 @@ def hand_back(tokens, layer, coefficient, grad, place, ends, i_l: tl.constexpr, 
 
     Queries read the state, and keys; of any layer but the first, errors too.
     """
-    IN: tl.constexpr = width_in(i_l, sizes)
-    OUT: tl.constexpr = width_out(i_l, sizes)
+    IN: tl.constexpr = sizes.WIDTHS[i_l]
+    OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
     BT: tl.constexpr = sizes.BT
     BR: tl.constexpr = sizes.BR
     BN: tl.constexpr = sizes.BH if sizes.BH < 32 else 32
@@ -95,7 +94,7 @@ def hand_back(tokens, layer, coefficient, grad, place, ends, i_l: tl.constexpr, 
     p_q, p_k, query_layer, m_q, o_row, begins = tokens
     i_s, i_b, m_t = place
     hidden, width = ends
-    o_t, i_g = tl.arange(0, BT), i_b * sizes.L + gates_of(i_l, sizes)
+    o_t, i_g = tl.arange(0, BT), i_b * sizes.L + sizes.GATES[i_l]
     p_a, p_c = coefficient.a + i_g * BT, coefficient.c + i_g * BT
     p_end = coefficient.end + i_g * (4 + 2 * BT)
     a, c, p = tl.load(p_end), tl.load(p_end + 1), tl.load(p_end + 2)
@@ -172,10 +171,10 @@ def add_readers(
 ):
     """What readers give a tile of the state's gradient."""
     p_h, p_g = reader
-    OUT: tl.constexpr = width_out(i_l, sizes)
+    OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
     OP: tl.constexpr = p_h.dtype.element_ty
     o_t = tl.arange(0, sizes.BT)
-    b_h = load_t(p_h, o_t, m_t, o_r, o_r < width_in(i_l, sizes), STRIDE)  # [BR, BT]
+    b_h = load_t(p_h, o_t, m_t, o_r, o_r < sizes.WIDTHS[i_l], STRIDE)  # [BR, BT]
     b_g = load(p_g, o_t, m_t, o_n, o_n < OUT, OUT)  # [BT, BN]
     b_dw = dot(b_h, (b_a[:, None] * b_g).to(OP), b_dw, sizes.PRECISION)
     b_ds = dot(b_h, (b_c[:, None] * b_g).to(OP), b_ds, sizes.PRECISION)

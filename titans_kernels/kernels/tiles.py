@@ -209,7 +209,26 @@ def tile(
     elif not backward:
         rows = (*_FORWARD[architecture], *rows)
     size = next(size for D, chunk, size in rows if head_dim <= D and chunk_size <= chunk)
-    return replace(size, slice=min(size.slice, max(16, 1 << (hidden - 1).bit_length())))
+    size = replace(size, slice=min(size.slice, max(16, 1 << (hidden - 1).bit_length())))
+    return size if architecture != "sm_90" or _fences() else _unpipelined(size)
+
+
+@lru_cache
+def _fences() -> bool:
+    """Whether Triton puts a proxy fence between asynchronous copies and the products of them.
+
+    Before 3.8 it leaves that out ahead of a pipelined loop's first wgmma, which may then read
+    shared memory from before the copy.
+    """
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+
+
+def _unpipelined(size: Tile) -> Tile:
+    """Nothing is copied asynchronously where loops have one stage."""
+    retrieve, recall = (replace(x, stages=1) for x in (size.retrieve, size.recall))
+    return replace(size, retrieve=retrieve, recall=recall)
 
 
 def architecture(device: torch.device) -> str:
