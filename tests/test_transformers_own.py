@@ -14,7 +14,13 @@ from torch.utils import _pytree as pytree
 from transformers.models.auto import modeling_auto
 
 from titans_kernels.adapt.cache import MemoryLayer
-from titans_kernels.models import TitansConfig, TitansForCausalLM, TitansModel
+from titans_kernels.models import (
+    TitansConfig,
+    TitansForCausalLM,
+    TitansForSequenceClassification,
+    TitansForTokenClassification,
+    TitansModel,
+)
 
 if not transformers_own.FOLDER:
     pytest.skip("TRANSFORMERS_TESTS is not set: see transformers_own", allow_module_level=True)
@@ -79,6 +85,14 @@ class _Own(theirs.ModelTesterMixin, theirs.GenerationTesterMixin):
         for names, name in (
             (modeling_auto.MODEL_MAPPING_NAMES, "TitansModel"),
             (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "TitansForCausalLM"),
+            (
+                modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+                "TitansForSequenceClassification",
+            ),
+            (
+                modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+                "TitansForTokenClassification",
+            ),
         ):
             known = mock.patch.dict(names, {"titans": name})
             known.start()
@@ -121,8 +135,12 @@ def _applied(name):
 
 for _variant in VARIANTS:
     _tests = {_name: _applied(_name) for _name in NAMES if callable(getattr(_Own, _name))}
+    _tests["variant"] = _variant
+    if _variant == "mac":  # the heads are the same on every variant
+        _heads = TitansForSequenceClassification, TitansForTokenClassification
+        _tests["all_model_classes"] = (*_Own.all_model_classes, *_heads)
     _class = f"TestOwn{_variant.upper()}"
-    globals()[_class] = type(_class, (_Own, unittest.TestCase), _tests | {"variant": _variant})
+    globals()[_class] = type(_class, (_Own, unittest.TestCase), _tests)
 
 
 def test_the_list_is_of_their_tests():
