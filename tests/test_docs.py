@@ -232,6 +232,7 @@ def test_links_of_the_repository_lead_somewhere(page):
         path, _, section = target.partition("#")
         if target.startswith("https://"):
             continue
+        path = path or page.name
         assert (ROOT / path).exists(), target
         titles = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(), re.M) if section else []
         slugs = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]

@@ -35,6 +35,16 @@ def _recorded():
         yield f"| {' | '.join(cells)} |".replace("|  |", "| |")
 
 
+def test_the_headline_is_in_the_table():
+    found = re.search(
+        r"(\d+)x faster than with titans-pytorch, in\s(\d+)x less", PAGES[0].read_text()
+    )
+    (row,) = (
+        row for row in _recorded() if row.startswith("| its paper form, forward and backward")
+    )
+    assert row.endswith(f"| {found[1]}x | {found[2]}x |")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_figures_are_those_that_were_recorded(page):
     found = re.search(r"^\| \| T \| ours .*\n\|[-|]+\n((?:\|.*\n)+)", page.read_text(), re.M)

@@ -22,7 +22,7 @@ from .state import LayerState
 
 
 class NeuralMemory(Learner, Sealing):
-    """Titans' neural memory between its projections: [B, T, dim] -> [B, T, dim].
+    """Titans' neural memory between its projections (arXiv 2501.00663): [B, T, dim] in and out.
 
         x --+-- q_proj, k_proj, v_proj -- convolutions -- SiLU -- unit length --+-- q, k, v
             |                                                                   |
@@ -60,31 +60,10 @@ class NeuralMemory(Learner, Sealing):
         backend (str): "auto", "torch" or "triton"; one that is named never falls back.
         device, dtype: of the parameters.
 
-    Initialisation. The inner loop is a training run of its own, and easily a chaotic one. What
-    decides is alpha times chunk_size: the LayerNorm makes a memory all but blind to the length of
-    its weights, which leaves it to forgetting how far they turn in a chunk. So alpha starts at
-    sigmoid(-8) = 0.0003, a memory of 3,000 tokens. Values have unit length as keys do, and so has
-    the LayerNorm (weight dim_head^-1/2): the loss starts the same whatever the scale of x. The
-    first of several layers is N(0, 1), so that keys of unit length reach its activation with unit
-    variance; at dim_head^-1/2 the memory would be all but linear. theta starts at 0.05, eta at 0.5.
-
-    Measured over 4,096 tokens of white noise (dim 128, 2 heads of 64, float64): by how much a
-    relative perturbation of x of 1e-6 grows on its way to the output, in the worst 512 tokens, and
-    the loss ||f(k) - v||^2 of tokens not yet learned, in the first and in the last 512.
-
-                                         chunk_size 16          chunk_size 64
-        as it is                        1.7   1.56 -> 0.95     1.7   1.73 -> 0.96
-        first layer dim_head^-1/2       1.8   1.33 -> 1.02     4.2   1.39 -> 1.06
-        alpha 0.0025 (bias -6)          2.4   1.51 -> 1.44     1e5   1.64 -> 1.65
-        alpha 0.018 (bias -4)           6e5   2.01 -> 2.22     9e5   2.28 -> 2.41
-        LayerNorm weight 1              1.8   57   -> 51       1.7   60   -> 51
-
-    Depth 1 to 4, heads of 16 to 128, expansion 1 to 8, x of a tenth and of ten times the size and
-    the smooth activations stay below 2.5; "relu", whose derivative jumps, reached 26 in one seed of
-    three. float32 is no different, and 65,536 tokens end at 1.9 and 0.95. bfloat16 is off by 0.5%
-    from the first tokens to the last. max_learning_rate 0.3, with which small models learn to
-    recall sooner, is as stable in the first row, and less so elsewhere: in chunks of 64 a LayerNorm
-    weight of 1 reaches 300, and without a LayerNorm the memory diverges.
+    Initialisation. The inner loop is a training run of its own, and can be chaotic. alpha starts at
+    sigmoid(-8) = 0.0003, a memory of 3,000 tokens, theta at 0.05, eta at 0.5, the LayerNorm's weight
+    at dim_head^-1/2, the first of several layers at N(0, 1): what that does to stability was
+    measured, see "What makes the inner loop stable" in docs/concepts.md.
 
     Examples:
         >>> import torch
