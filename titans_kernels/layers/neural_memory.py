@@ -60,10 +60,9 @@ class NeuralMemory(Learner, Sealing):
         backend (str): "auto", "torch" or "triton"; one that is named never falls back.
         device, dtype: of the parameters.
 
-    Initialisation. The inner loop is a training run of its own, and can be chaotic. alpha starts at
-    sigmoid(-8) = 0.0003, a memory of 3,000 tokens, theta at 0.05, eta at 0.5, the LayerNorm's weight
-    at dim_head^-1/2, the first of several layers at N(0, 1): what that does to stability was
-    measured, see "What makes the inner loop stable" in docs/concepts.md.
+    Initialisation. alpha starts at sigmoid(-8) = 0.0003, a memory of 3,000 tokens, theta at 0.05,
+    eta at 0.5, the LayerNorm's weight at dim_head^-1/2, the first of several layers at N(0, 1).
+    What that does for the stability of the inner loop was measured: docs/concepts.md.
 
     Examples:
         >>> import torch
