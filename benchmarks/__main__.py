@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         lines = report.breakdown_lines(part, machine.matmul_flops)
         print("", *lines, sep="\n", file=screen, flush=True)
 
-    # A part of the matrix, or a rehearsal, never takes the place of a whole run.
+    # A part of the matrix, or a rehearsal, never replaces a whole run.
     name = "-".join([machine.slug, *(options.cases or []), *(["quick"] if options.quick else [])])
     files = report.write(run, cases, options.out, name)
     try:

@@ -167,7 +167,7 @@ def check_language_model(rank, folder):
 
 
 def check_mistakes_of_one_rank(rank, folder):
-    """Told on the rank behind it; what a rank does alone, all do next."""
+    """Raised on the next rank; what a rank does alone, all do next."""
     count = dist.get_world_size()
     mesh = _mesh()["length"]
     raises(TypeError, "got Linear", lambda: ShardLength()._apply(nn.Linear(2, 2), mesh))

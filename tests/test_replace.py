@@ -130,7 +130,7 @@ def test_packed_sequences():
     positions = torch.cat([torch.arange(b - a) for a, b in pairwise(ends)])[None]
     got = model(tokens, position_ids=positions, use_cache=False).logits
     _close(got, torch.cat(alone, 1))
-    # Beside attention, which must be told by its own mask.
+    # With mode="beside" attention keeps its own mask.
     model, _ = _swapped("llama", "*", mode="beside")
     alone = [model(tokens[:, a:b]).logits for a, b in pairwise(ends)]
     got = model(tokens, position_ids=positions, use_cache=False).logits
@@ -241,7 +241,7 @@ def test_plain_modules_and_predicates():
 
 
 class _Positional(nn.Module):
-    """Attention that is told everything by position, as in BERT."""
+    """Attention whose arguments are positional, as in BERT."""
 
     def __init__(self):
         super().__init__()

@@ -161,7 +161,7 @@ def test_a_position_bias_goes_on_to_later_layers():
     _close(torch.cat([half.logits, rest.logits], 1), whole)
 
 
-class _Told(nn.Module):
+class _Attention(nn.Module):
     """Attention as small models write it."""
 
     def __init__(self, returns="tensor"):
@@ -175,7 +175,7 @@ class _Told(nn.Module):
 
 @pytest.mark.parametrize("mode", ["replace", "beside"])
 def test_plain_modules_refuse_what_they_do_not_understand(mode):
-    model = nn.Sequential(_Told())
+    model = nn.Sequential(_Attention())
     replace(model, "0", "lmm", mode=mode)
     x = torch.randn(2, 5, 16)
     expected = model[0](x)
@@ -183,14 +183,14 @@ def test_plain_modules_refuse_what_they_do_not_understand(mode):
     assert torch.equal(model[0](x, mask=None, start_pos=0), expected)
     if mode == "beside":  # attention itself takes what it takes; the memory does not
         _open(model)
-    for told, error in (
+    for arguments, error in (
         ({"mask": torch.ones(2, 5)}, ValueError),
         ({"kv_cache": {}}, TypeError),
         ({"scale": 0.5}, ValueError),
         ({"start_pos": 3}, ValueError),
     ):
-        with pytest.raises(error, match=rf"{next(iter(told))}: got .*, takes"):
-            model[0](x, **told)
+        with pytest.raises(error, match=rf"{next(iter(arguments))}: got .*, takes"):
+            model[0](x, **arguments)
     if mode == "replace":
         with pytest.raises(ValueError, match="temperature: got 2"):
             model[0](x, temperature=2)
@@ -200,7 +200,7 @@ def test_plain_modules_refuse_what_they_do_not_understand(mode):
 
 @pytest.mark.parametrize("returns", ["tensor", "weights", "None"])
 def test_plain_modules_return_the_same_form(returns):
-    model = nn.Sequential(_Told(returns))
+    model = nn.Sequential(_Attention(returns))
     before = model[0](torch.randn(2, 5, 16))
     replace(model, "0", "lmm")
     after = model[0](torch.randn(2, 5, 16))
@@ -210,33 +210,33 @@ def test_plain_modules_return_the_same_form(returns):
         assert [type(after), after[0].shape, after[1:]] == [tuple, (2, 5, 16), (None,)]
 
 
-class _Residual(_Told):
+class _Residual(_Attention):
     def forward(self, x):
         residual = x
         return residual + self.qkv(x)[..., :16]
 
 
-class _Needs(_Told):
+class _Needs(_Attention):
     def forward(self, hidden_states, layer_number):
         return self.qkv(hidden_states)[..., layer_number : layer_number + 16]
 
 
 def test_modules_that_do_more_than_attention_are_refused():
-    model = nn.Sequential(_Told(), _Residual(), _Needs())
+    model = nn.Sequential(_Attention(), _Residual(), _Needs())
     with pytest.raises(ValueError, match="1 is a _Residual that adds its input"):
         replace(model, "[01]", "lmm")
     with pytest.raises(TypeError, match="2 is a _Needs that needs layer_number"):
         replace(model, "[02]", "lmm")
     with pytest.raises(ValueError, match="heads: got 0"):
         replace(model, "[0]", "lmm", heads=0)
-    assert [type(m) for m in model] == [_Told, _Residual, _Needs]
+    assert [type(m) for m in model] == [_Attention, _Residual, _Needs]
     bert = _build(AutoModel, "bert", **_ENCODER)
     with pytest.raises(ValueError, match="BertAttention that adds its input"):
         replace(bert, "encoder.layer.0.attention", "lmm", causal=True)
 
 
 def test_one_refused_module_leaves_all_as_they_were():
-    model = nn.Sequential(_Told(), _Told())
+    model = nn.Sequential(_Attention(), _Attention())
     replace(model, "1", "lmm", mode="beside")
     names = set(model.state_dict())
     with pytest.raises(ValueError, match="1 has a memory already"):
@@ -246,7 +246,7 @@ def test_one_refused_module_leaves_all_as_they_were():
 
 @pytest.mark.parametrize("mode", ["replace", "beside"])
 def test_a_module_in_two_places_changes_in_both(mode):
-    shared = _Told()
+    shared = _Attention()
     model = nn.ModuleList([nn.Sequential(shared), nn.Sequential(shared)])
     assert replace(model, "*.0", "lmm", mode=mode) == ["0.0", "1.0"]
     assert model[0][0] is model[1][0]

@@ -25,7 +25,7 @@ from titans_kernels.selfcheck import check, decide, records
 from titans_kernels.selfcheck.configuration import Configuration
 
 if not triton.knobs.runtime.interpret:
-    pytest.skip("the road is walked in the interpreter", allow_module_level=True)
+    pytest.skip("needs the interpreter", allow_module_level=True)
 
 ROOT = Path(__file__).parents[1]
 T, H, D, HIDDEN, CHUNK = 20, 1, 16, 16, 5
@@ -315,7 +315,7 @@ def test_two_processes_at_once(cache):
     assert all("triton, which has passed its check" in log for _, log in outputs)
 
 
-# ------------------------------------------------------------------------------------ the roads
+# --------------------------------------------------------------------------------- entry points
 
 
 @pytest.mark.parametrize("value, ran", [("torch", "torch"), ("triton", "triton")])

@@ -112,7 +112,7 @@ def _gradients(outputs, inputs, module):
     parameters = {
         name: p
         for name, p in module.named_parameters(remove_duplicate=False)
-        if not name.startswith("memory_model.")  # a mould there, which nothing reads
+        if not name.startswith("memory_model.")  # a template there, not used
     }
     leaves = dict(inputs) | parameters
     found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)

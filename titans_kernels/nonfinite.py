@@ -57,7 +57,7 @@ class NonFinite(NamedTuple):
 
 
 def separate(packed: Packed) -> tuple[Packed, NonFinite | None]:
-    """The same with finite k, v and gates; and where they were not. None: nowhere."""
+    """The same with finite k, v and gates; and where they were not, None if all were."""
     tokens = packed.tokens()
     # On a CPU a look at their sums settles the common case. A GPU would have to be waited for.
     if packed.k.device.type == "cpu" and _finite(*tokens):

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     name = f"evidence-{datetime.date.today().isoformat()}"
     schedules = dict(SCHEDULES)
     if options.steps:
-        # A rehearsal never takes the place of a whole run.
+        # A rehearsal never replaces a whole run.
         name += f"-{options.steps}-steps"
         schedules = {task: replace(s, steps=options.steps) for task, s in schedules.items()}
     path = options.out / f"{name}.json"

@@ -76,7 +76,7 @@ class Report:
         return [run for run in self.runs if (run.task, run.model) == (task, kind)]
 
     def add(self, run: Run, schedule: Schedule) -> None:
-        """A run takes the place of an earlier one of the same task, model and seed."""
+        """A run replaces an earlier one of the same task, model and seed."""
 
         def same(other: Run) -> bool:
             return (other.task, other.model, other.seed) == (run.task, run.model, run.seed)

@@ -54,7 +54,7 @@ RESIDUAL = "residual"  # BLOOM's attention adds it to its output
 KNOWN = MASKS | CACHES | PACKED | PACKED_KEYS | OTHER_SEQUENCES | POSITIONS | COMPUTING | {RESIDUAL}
 
 
-class Told(NamedTuple):
+class Call(NamedTuple):
     """The part of a call that a memory reads."""
 
     mask: Any = None
@@ -70,7 +70,7 @@ def understood(
     defaults: Mapping[str, Any],
     beside: bool = False,
     masks: frozenset[str] = MASKS,
-) -> Told:
+) -> Call:
     """What a memory reads of the arguments of a call, other than its input.
 
     Args:
@@ -113,7 +113,7 @@ def understood(
             found["restarts"] = (value == 1).all(-1)  # Llama 4 passes its attention no positions
         elif name not in POSITIONS and not (beside and name in OF_ATTENTION):
             _refuse_unless_default(name, value, defaults)
-    return Told(**found)
+    return Call(**found)
 
 
 def _refuse_unless_default(name: str, value: Any, defaults: Mapping[str, Any]) -> None:

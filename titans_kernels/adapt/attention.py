@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..decay import Undecayed
 from . import masks
-from .arguments import MASKS, Told, understood
+from .arguments import MASKS, Call, understood
 from .rows import Aligned, Rows, rows_of, rows_once
 from .source import Form
 from .variants import Variant, build
@@ -60,7 +60,7 @@ class TitansAttention(nn.Module):
         self.beside, self.others = False, 0
         self.chunk: int | None = None  # of attention that forgets between chunks
         self.gate: ClosedGate | None = None
-        # What it took the place of, for `restore`: in a tuple, which is no submodule.
+        # What it replaced, for `restore`: in a tuple, which is no submodule.
         self.replaced: tuple[nn.Module, ...] | None = None
         self.block = build(variant, hidden_size, heads=num_heads, **options)
 
@@ -85,21 +85,21 @@ class TitansAttention(nn.Module):
             "past_key_values": past_key_values,
             "cu_seqlens": cu_seqlens,
         }
-        told = understood(named | host, _NO_DEFAULTS, self.beside)
-        return self._read(hidden_states, told), None, told.cache
+        call = understood(named | host, _NO_DEFAULTS, self.beside)
+        return self._read(hidden_states, call), None, call.cache
 
-    def _read(self, hidden_states: Tensor, told: Told) -> Tensor:
+    def _read(self, hidden_states: Tensor, call: Call) -> Tensor:
         layer = None
-        if told.cache is not None:
+        if call.cache is not None:
             from .cache import memory_layer
 
             if self.layer_idx is None:
                 raise ValueError("past_key_values: a layer without a layer_idx takes None")
-            layer = memory_layer(told.cache, self.layer_idx, self.beside, self.others)
+            layer = memory_layer(call.cache, self.layer_idx, self.beside, self.others)
         state = None if layer is None else layer.state
 
-        x, cu_seqlens = self._in_own_dtype(hidden_states), told.cu_seqlens
-        rows = self._rows(x, told, layer)
+        x, cu_seqlens = self._in_own_dtype(hidden_states), call.cu_seqlens
+        rows = self._rows(x, call, layer)
         if rows is not None:
             x = rows.pack(x)
             cu_seqlens = rows.cu_seqlens if cu_seqlens is None else cu_seqlens
@@ -114,21 +114,21 @@ class TitansAttention(nn.Module):
         out = out if rows is None else rows.unpack(out)
         return out.to(hidden_states.dtype)
 
-    def _rows(self, x: Tensor, told: Told, layer: Any) -> Rows | Aligned | None:
+    def _rows(self, x: Tensor, call: Call, layer: Any) -> Rows | Aligned | None:
         past = layer is not None and layer.state is not None
         seen = layer.seen if layer is not None and layer.fixed else None
         place: dict[str, Any] = {"seen": seen, "chunk": self.chunk, "whole": layer is not None}
-        if self.chunk is not None and told.position_ids is None and told.restarts is not None:
-            step = 1 + told.restarts.long()  # only where they do not follow one another matters
-            told = told._replace(position_ids=step.cumsum(1).expand(len(x), -1))
-        if told.cu_seqlens is None:
-            return rows_once(x, told.mask, told.position_ids, past, **place)
-        if told.mask is not None:
-            rows = rows_of(x, told.mask, told.position_ids, past, **place | {"whole": True})
+        if self.chunk is not None and call.position_ids is None and call.restarts is not None:
+            step = 1 + call.restarts.long()  # only where they do not follow one another matters
+            call = call._replace(position_ids=step.cumsum(1).expand(len(x), -1))
+        if call.cu_seqlens is None:
+            return rows_once(x, call.mask, call.position_ids, past, **place)
+        if call.mask is not None:
+            rows = rows_of(x, call.mask, call.position_ids, past, **place | {"whole": True})
             if isinstance(rows, Aligned):
                 return rows
-            whole = rows is None and told.mask.dim() == 2
-            if not whole and (rows is None or not rows.packs(told.cu_seqlens)):
+            whole = rows is None and call.mask.dim() == 2
+            if not whole and (rows is None or not rows.packs(call.cu_seqlens)):
                 takes = "a mask of the same sequences, without padding, or None"
                 raise ValueError(f"attention_mask: together with cu_seqlens it takes {takes}")
         return None
@@ -144,7 +144,7 @@ class TitansAttention(nn.Module):
 
 
 class InHost(TitansAttention):
-    """As the module that it takes the place of: called with its arguments, returning its form."""
+    """As the module that it replaces: called with its arguments, returning its form."""
 
     names: tuple[str, ...] = ()  # of the host's arguments by position
     defaults: dict[str, Any] = _NO_DEFAULTS
@@ -163,10 +163,10 @@ class InHost(TitansAttention):
         for name in self.hiding.intersection(arguments):
             if getattr(arguments[name], "dtype", None) == torch.bool:
                 arguments[name] = ~arguments[name]
-        told = understood(arguments, self.defaults, self.beside, self.takes_masks)
-        out = self._read(x, told)
-        if told.residual is not None and not self.beside:
-            out = out + told.residual
+        call = understood(arguments, self.defaults, self.beside, self.takes_masks)
+        out = self._read(x, call)
+        if call.residual is not None and not self.beside:
+            out = out + call.residual
         if self.form is None:
             return out
         return (out, *(arguments.get(name) for name in self.form[1:]))

@@ -1,6 +1,6 @@
 """States in the caches of Hugging Face transformers: as large after a million tokens as after one.
 
-A cache is a list of layers. A Titans layer that takes the place of attention takes the place of its
+A cache is a list of layers. A Titans layer that replaces attention takes the place of its
 layer there; one next to attention has a layer of its own after all others. So whatever a cache does
 to its layers, reordering for beam search above all, reaches the states too.
 """

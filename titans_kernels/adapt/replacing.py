@@ -178,7 +178,7 @@ def _layer(
     heads: int | None,
     options: Options,
 ) -> TitansAttention:
-    """The Titans layer for the place of one module, of its width, heads, device and dtype."""
+    """The Titans layer that replaces one module, of its width, heads, device and dtype."""
     multihead = isinstance(module, nn.MultiheadAttention)
     if not multihead:
         hosts.like_transformers(name, module)

@@ -380,7 +380,7 @@ class TitansPytorchMemory(nn.Module):
         return theta, alpha[..., None].expand_as(theta), eta[..., None].expand_as(theta)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *how: Any) -> None:
-        # A mould there, whose own weights nothing reads.
+        # A template there: its own weights are not used.
         for name in [name for name in state_dict if name.startswith(f"{prefix}memory_model.")]:
             del state_dict[name]
         super()._load_from_state_dict(state_dict, prefix, *how)

@@ -153,9 +153,9 @@ class _Memory(_Linked, NeuralMemory):
         count = choose(self._pieces, line.count, N * self.heads, q.device)
         if state is None and not line.first:
             nothing = tuple(x[:, :0] for x in tokens)
-            nowhere = None if cu_seqlens is None else torch.zeros_like(cu_seqlens)
+            empty = None if cu_seqlens is None else torch.zeros_like(cu_seqlens)
             with torch.no_grad():
-                _, state = super()._learn(nothing, weights, norm, None, nowhere, schedule)
+                _, state = super()._learn(nothing, weights, norm, None, empty, schedule)
 
         def learn(piece: Piece) -> tuple[Tensor, MemoryState]:
             before = state and self._relay.receive(piece.of_state(state))
@@ -181,9 +181,9 @@ class _Memory(_Linked, NeuralMemory):
         if not self._relay.open:
             return super()._recall(x, state, cu_seqlens)
         if state is None:
-            nowhere = None if cu_seqlens is None else torch.zeros_like(cu_seqlens)
+            empty = None if cu_seqlens is None else torch.zeros_like(cu_seqlens)
             with _alone(self._relay):
-                _, state = NeuralMemory.forward(self, x[:, :0], None, nowhere)
+                _, state = NeuralMemory.forward(self, x[:, :0], None, empty)
         state = self._relay.receive(state)
         self._relay.send(state)
         out, after = super()._recall(x, state, cu_seqlens)
@@ -203,8 +203,8 @@ class _Memories(_Memory, TNTMemory):
         if not self._relay.open or self.project is None:
             return super()._project(q, k, before, cu_seqlens)
         if before is None and not self._relay.line.first:
-            nowhere = None if cu_seqlens is None else torch.zeros_like(cu_seqlens)
-            _, before = super()._project(q[:, :0], k[:, :0], None, nowhere)
+            empty = None if cu_seqlens is None else torch.zeros_like(cu_seqlens)
+            _, before = super()._project(q[:, :0], k[:, :0], None, empty)
         queries, after = super()._project(q, k, self._relay.receive(before), cu_seqlens)
         self._relay.send(after)
         return queries, after

@@ -251,8 +251,8 @@ class NeuralMemory(Learner, Sealing):
     ) -> tuple[Tensor, LayerState]:
         q = self.q_proj(x)
         if state is None:
-            nowhere = None if cu_seqlens is None else torch.zeros_like(cu_seqlens)
-            _, state = self.forward(x[:, :0], cu_seqlens=nowhere)
+            empty = None if cu_seqlens is None else torch.zeros_like(cu_seqlens)
+            _, state = self.forward(x[:, :0], cu_seqlens=empty)
         else:
             self._check_state(state, q, cu_seqlens)
 

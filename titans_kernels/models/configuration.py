@@ -47,8 +47,8 @@ class TitansConfig(PreTrainedConfig):
         depth, expansion, chunk_size, activation, residual, norm: of the memories, as `NeuralMemory`
             takes them; so are the next four.
         per_layer_gates, conv_size, max_learning_rate, backend: likewise.
-        global_chunk, local_chunks, reset_every, project: of "tnt", as `TitansTNT` takes them, in
-            the place of chunk_size; with local_chunks of every variant. Default: (16,) for "tnt",
+        global_chunk, local_chunks, reset_every, project: of "tnt", as `TitansTNT` takes them,
+            instead of chunk_size; with local_chunks of every variant. Default: (16,) for "tnt",
             none for others.
         initializer_range (float | None): deviation of embeddings, head and MLPs at the start.
             Default: hidden_size^-1/2, so that small models start no further from their blocks'

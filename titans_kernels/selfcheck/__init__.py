@@ -1,7 +1,7 @@
 """`backend="auto"` on a GPU: the kernels check themselves where they run, once, then they are used.
 
-`configuration` says what a check is good for, `check` runs one, `records` keeps those that passed,
-`decide` is the road between them.
+`configuration` says what a check covers, `check` runs one, `records` keeps those that passed,
+`decide` connects them.
 """
 
 from .decide import CHECK, MODES, TORCH, memory_backend, mode, reading_backend

@@ -1,4 +1,4 @@
-"""What a check is good for: all that the kernels are compiled for, and what compiles them."""
+"""What a check covers: all that the kernels are compiled for, and what compiles them."""
 
 from __future__ import annotations
 
