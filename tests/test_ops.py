@@ -102,7 +102,7 @@ def test_its_backward(case):
 
 def _reading(case, requires_grad):
     packed, (*how, _, _, _) = _packed(case, requires_grad)
-    starts = torch.cat([packed.ask, torch.tensor([len(packed.q)])])
+    starts = torch.cat([packed.query_start, torch.tensor([len(packed.q)])])
     return Reading(packed.q, packed.weights, packed.norm, starts), (*how, case.T)
 
 

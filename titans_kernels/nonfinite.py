@@ -31,10 +31,11 @@ class NonFinite(NamedTuple):
 
     def _queries(self) -> Tensor:
         """[Mq, H] bool, outputs that depend on one."""
-        first, tail, ask = self.packed.bounds[:, 0], self.packed.tail, self.packed.ask
-        query = torch.arange(len(self.packed.q), device=ask.device)
-        n = torch.searchsorted(ask, query, right=True) - 1
-        return self._since(first[n], first[n] + tail[n] + query - ask[n] + 1)
+        packed = self.packed
+        first, tail, start = packed.bounds[:, 0], packed.tail, packed.query_start
+        query = torch.arange(len(packed.q), device=start.device)
+        n = torch.searchsorted(start, query, right=True) - 1
+        return self._since(first[n], first[n] + tail[n] + query - start[n] + 1)
 
     def mark(self, o: Tensor, final: list[Tensor], chunk_size: int) -> None:
         """Outputs [Mq, H, D] and the state at the last whole chunk, [N, H, d_in, d_out] each."""

@@ -33,7 +33,7 @@ from .transforms import transforming
 
 _PACKED = (
     "Tensor q, Tensor k, Tensor v, Tensor theta, Tensor alpha, Tensor eta, Tensor[] weights, "
-    "Tensor[] momentum, Tensor? norm, Tensor bounds, Tensor tail, Tensor ask"
+    "Tensor[] momentum, Tensor? norm, Tensor bounds, Tensor tail, Tensor query_start"
 )
 _READING = "Tensor q, Tensor[] weights, Tensor? norm, Tensor cu"
 _OPTIONS = "str backend, str activation, bool residual"
@@ -315,7 +315,7 @@ def _or_zeros(dx: Maybe, x: Tensor) -> Tensor:
 
 def _gradients(arguments: Any, grads: list[Maybe]) -> list[Any]:
     """In the places of the arguments; what cannot be differentiated has none."""
-    names = ("cu", "bounds", "tail", "ask")
+    names = ("cu", "bounds", "tail", "query_start")
     none = {name: None for name in names if name in arguments._fields}
     return list(arguments.like(grads)._replace(**none))
 

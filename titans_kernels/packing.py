@@ -35,7 +35,7 @@ class Packed(NamedTuple):
     """N sequences in order, sequence n at `bounds[n]`. Rows between them are padding.
 
     Its first `tail[n]` tokens, the open chunk's, update the memory but have no query; the query of
-    the next one is `ask[n]`.
+    the next one is `query_start[n]`.
     """
 
     q: Tensor  # [Mq, H, D]
@@ -49,7 +49,7 @@ class Packed(NamedTuple):
     norm: Tensor | None  # [H, 2, D], weight and bias, of that dtype
     bounds: Tensor  # [N, 2] int64, first token and end
     tail: Tensor  # [N] int64
-    ask: Tensor  # [N] int64
+    query_start: Tensor  # [N] int64
 
     def differentiable(self) -> list[Tensor]:
         """All that may have gradients, in order."""
@@ -62,7 +62,7 @@ class Packed(NamedTuple):
         weights, momentum = _halves(tensors[6 : 6 + 2 * len(self.weights)])
         norm = None if self.norm is None else tensors[-1]
         memory = weights, momentum, norm
-        return Packed(q, k, v, theta, alpha, eta, *memory, self.bounds, self.tail, self.ask)
+        return Packed(q, k, v, theta, alpha, eta, *memory, self.bounds, self.tail, self.query_start)
 
     def tokens(self) -> Tokens:
         """What updates the memory."""

@@ -27,13 +27,17 @@ class Shards(NamedTuple):
     def ends(self, final: list[Tensor]) -> tuple[Packed, list[Tensor]]:
         """The last shards alone, and their final weights and momenta."""
         packed = self.packed
-        *state, bounds, tail, ask = (
-            x.index_select(0, self.last)
-            for x in (*packed.weights, *packed.momentum, packed.bounds, packed.tail, packed.ask)
+        of_sequences = packed.bounds, packed.tail, packed.query_start
+        *state, bounds, tail, start = (
+            x.index_select(0, self.last) for x in (*packed.weights, *packed.momentum, *of_sequences)
         )
         depth = len(packed.weights)
         packed = packed._replace(
-            weights=state[:depth], momentum=state[depth:], bounds=bounds, tail=tail, ask=ask
+            weights=state[:depth],
+            momentum=state[depth:],
+            bounds=bounds,
+            tail=tail,
+            query_start=start,
         )
         return packed, [x.index_select(0, self.last) for x in final]
 
@@ -127,7 +131,7 @@ def shard(
         momentum=_first_or(packed.momentum, None, n, opens, state is None),
         bounds=bounds,
         tail=tails,
-        ask=packed.ask[n] + runs.begin,
+        query_start=packed.query_start[n] + runs.begin,
     )
     return Shards(packed, runs.last, runs.position.to(torch.int32))
 

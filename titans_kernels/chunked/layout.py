@@ -88,7 +88,7 @@ class Sequence(NamedTuple):
     start: int  # first token
     length: int
     tail: int  # tokens ahead that have no query
-    ask: int  # the first query
+    query_start: int  # the first query
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ class Layout:
 
     @classmethod
     def of(
-        cls, bounds: Tensor, tail: Tensor, ask: Tensor, chunk_size: int, block: BlockSize
+        cls, bounds: Tensor, tail: Tensor, query_start: Tensor, chunk_size: int, block: BlockSize
     ) -> Layout:
         """On a GPU this waits for it, once."""
-        table = torch.stack([*bounds.unbind(1), tail, ask], 1).tolist()
+        table = torch.stack([*bounds.unbind(1), tail, query_start], 1).tolist()
         found = [Sequence(first, end - first, *rest) for first, end, *rest in table]
         order = sorted(range(len(found)), key=lambda i: -found[i].length)
         same = order == list(range(len(order)))
@@ -188,7 +188,7 @@ class Layout:
 
         tokens = places(first + position, inside)
         queries, first_query = tokens, 0
-        if any(x.tail or x.ask != x.start for x in here):
+        if any(x.tail or x.query_start != x.start for x in here):
             least, most = min(x.tail for x in here), max(x.tail for x in here)
             if stop - start == 1:
                 first_query = min(max(least - start * N, 0), N)

@@ -13,7 +13,7 @@ from .scan import Checkpoints, run, run_backward
 
 def _layout(packed: Packed, chunk_size: int) -> Layout:
     block = block_size(chunk_size, packed.q.device)
-    return Layout.of(packed.bounds, packed.tail, packed.ask, chunk_size, block)
+    return Layout.of(packed.bounds, packed.tail, packed.query_start, chunk_size, block)
 
 
 def kept_shapes(packed: Packed, chunk_size: int) -> list[tuple[int, ...]]:

@@ -102,7 +102,7 @@ class Plan(NamedTuple):
             if intervals.blocks % n == 0 and (n >= wanted or n == intervals.blocks)
         )
         problem = Problem(chunk_size, blocks, *options[:2], packed.norm, size)
-        tokens = Tokens(*packed.tokens(), packed.bounds, packed.tail, packed.ask)
+        tokens = Tokens(*packed.tokens(), packed.bounds, packed.tail, packed.query_start)
         return cls(problem, group, intervals, most, tokens)
 
     def kept_rows(self, first_block: int, rows: int) -> Tensor:

@@ -168,9 +168,9 @@ def _memory_problem(configuration: Configuration, heads: int, device: torch.devi
         min(configuration.chunk_size - 1, configuration.tokens // 3),
     )
     tail = torch.tensor([0, behind, 0]).repeat(threes)
-    end, asked = lengths.cumsum(0), lengths - tail
+    end, queries = lengths.cumsum(0), lengths - tail
     bounds = torch.stack([end - lengths, end], 1)
-    M, Mq = int(lengths.sum()), int(asked.sum())
+    M, Mq = int(lengths.sum()), int(queries.sum())
     random, uniform = _random(0, device), _random(2, device, uniform=True)
 
     def unit(rows: int) -> Tensor:
@@ -188,7 +188,7 @@ def _memory_problem(configuration: Configuration, heads: int, device: torch.devi
         *(unit(Mq), unit(M), unit(M), theta, alpha, eta),
         *([x.to(wide) for x in weights], [x.to(wide) for x in momentum]),
         _norm(configuration, random, heads, wide),
-        *(x.to(device) for x in (bounds, tail, asked.cumsum(0) - asked)),
+        *(x.to(device) for x in (bounds, tail, queries.cumsum(0) - queries)),
     )
 
 
