@@ -7,7 +7,7 @@ import torch.distributed as dist
 from distributed_cases import LAYERS, SOME, close, layer, raises, read, tokens, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
@@ -222,6 +222,39 @@ def check_length_heads_and_fsdp2(rank, folder):
             close(whole(q.grad) * 2, p.grad, "gradient", f"{name}.{parameter}")  # FSDP2: the mean
 
 
+def _apart(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+def check_mixed_precision(rank, folder):
+    """FSDP2 gives a call bfloat16 parameters: it rounds as one process in bfloat16 does."""
+    mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("data", "length", "heads"))
+    at, short = mesh["length"].get_local_rank(), torch.bfloat16
+    for name in SOME:
+        exact, one, many = layer(name), layer(name).to(short), layer(name).float()
+        parallelize_module(many, mesh["heads"], ShardHeads())
+        parallelize_module(many, mesh["length"], ShardLength(state="all"))
+        policy = MixedPrecisionPolicy(param_dtype=short, reduce_dtype=torch.float32)
+        fully_shard(many, mesh=mesh["data", "length"]._flatten("shards"), mp_policy=policy)
+        x = tokens(2, 16, 8).to(short)
+        y = _own(x, at, 2).clone()
+        want = _own(read(exact, [x.double()] * 2)[:, 16:], at, 2)
+        rounded = _own(read(one, [x] * 2)[:, 16:], at, 2)
+        out, state = many(y)
+        memory = getattr(state.memory, "memory", state.memory)  # a block's is its layer's
+        assert memory.weights[0].dtype == torch.float32, name
+        again, _ = many(y, state)
+        torch.cat([out, again], 1).square().sum().backward()
+        assert _apart(again, want) <= 3 * _apart(rounded, want), name
+        grads = {r.grad.dtype for r in many.parameters()}
+        assert grads == {torch.float32}, grads
+        want, rounded, got = (
+            torch.cat([scale * whole(p.grad).flatten() for p in m.parameters()])
+            for m, scale in ((exact, 1), (one, 1), (many, 2))  # FSDP2: the mean
+        )
+        assert _apart(got, want) <= 3 * _apart(rounded, want), name
+
+
 def check_data_and_length(rank, folder):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "length"))
     row, at = (mesh[name].get_local_rank() for name in ("data", "length"))
@@ -250,6 +283,7 @@ TWO = [
 ]
 FOUR = [
     check_length_heads_and_fsdp2,
+    check_mixed_precision,
     check_data_and_length,
     check_outputs_and_gradients_of_some,
 ]

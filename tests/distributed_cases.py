@@ -21,7 +21,7 @@ LAYERS = {
     "tnt": lambda: TitansTNT(8, **TNT),
     "mal": lambda: TitansMAL(8, window=5, rotary=False, **SIZE),
 }
-SOME = ("memory", "mag", "mac")  # each passes states on in another way
+SOME = ("memory", "mag", "mac", "tnt")  # each passes states on in another way
 RATES = {"out": 1e-11, "gradient": 1e-10}
 
 
