@@ -26,7 +26,8 @@ def _digest(tensors):
 
 def _results(backend, seed, T=40):
     inputs = make_inputs(2, T, 2, 16, 32, 2, dtype=torch.float32, seed=seed)
-    o, state = neural_memory(**inputs, output_final_state=True, backend=backend)
+    with using(Tile(16, 16)):  # of this thread
+        o, state = neural_memory(**inputs, output_final_state=True, backend=backend)
     loss = o.square().sum() + sum(x.square().sum() for x in state.momentum)
     grads = torch.autograd.grad(loss, pytree.tree_leaves(inputs))
     return _digest([o, *pytree.tree_leaves(state), *grads])

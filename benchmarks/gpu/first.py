@@ -42,7 +42,7 @@ def first(kit: Kit) -> Steps:
 
 
 def _setting(kit: Kit, backward: bool) -> Setting:
-    shape = Shape(20, 16, 1, 1, 16, 2) if kit.rehearse else Shape(2048, 16, 1, HEADS, 64)
+    shape = Shape(16, 16, 1, 1, 16, 2) if kit.rehearse else Shape(2048, 16, 1, HEADS, 64)
     return Setting(shape, kit.dtype, kit.device, backward=backward)
 
 

@@ -77,7 +77,7 @@ def _settings(kit: Kit) -> Iterator[Setting]:
     """The sizes that most models have come first."""
     if kit.rehearse:
         for D in (16, 32):
-            yield Setting(Shape(20, 16, 1, 1, D, 2), kit.dtype, kit.device, backward=D == 16)
+            yield Setting(Shape(16, 16, 1, 1, D, 2), kit.dtype, kit.device, backward=D == 16)
         return
     sizes = product(("bfloat16", "float16", "float32"), (64, 128, 16, 48, 256), (16, 64, 100))
     for dtype, D, chunk in sizes:
@@ -90,7 +90,7 @@ def _reruns(kit: Kit) -> Steps:
     for heads, backward in product((1,) if kit.rehearse else (264, 528), (False, True)):
         if kit.rehearse and backward:
             continue
-        shape = Shape(20, 16, heads, 1, 16, 2) if kit.rehearse else Shape(2048, 16, heads // 4, 4)
+        shape = Shape(16, 16, heads, 1, 16, 2) if kit.rehearse else Shape(2048, 16, heads // 4, 4)
         setting = Setting(shape, kit.dtype, kit.device, backward=backward)
         name = f"{heads} heads twice" + (", gradients" if backward else "")
         yield Step(name, partial(_twice, setting, _tile(kit)), 10)
@@ -165,7 +165,7 @@ def tuned(kit: Kit) -> Steps:
         for D, chunk in ((64, 16), (128, 16), (64, 64), (128, 64), (256, 16))
     ]
     if kit.rehearse:
-        settings = [Setting(Shape(20, 16, 1, 1, 16), kit.dtype, kit.device)]
+        settings = [Setting(Shape(16, 16, 1, 1, 16), kit.dtype, kit.device)]
     for setting, backward in product(settings, (False,) if kit.rehearse else (False, True)):
         setting = replace(setting, backward=backward)
         steps = (tune.one("block", 16),) if kit.rehearse else None

@@ -66,7 +66,13 @@ def _take(x: Tensor, places: Tensor) -> Tensor:
     return x.gather(1, places[..., None].expand_as(x))
 
 
-@torch.library.custom_op("titans_kernels::padding", mutates_args=())
+@torch.library.custom_op(
+    "titans_kernels::padding",
+    mutates_args=(),
+    # torch 2.6 does not infer it: it takes typing.List, not list.
+    schema="(Tensor? attention_mask, Tensor? position_ids, SymInt[] batch, Device device, "
+    "bool past, bool whole, SymInt? seen, SymInt? chunk) -> Tensor",
+)
 def _padding(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
