@@ -99,11 +99,34 @@ def test_waits_cold_code_and_calls():
 
 
 @pytest.mark.parametrize(
-    "source", [[], SOURCE[:2], [Loop(0, 3), Loop(0, 5), Loop(0, 7)], [*SOURCE, Loop(0, 1)]]
+    "source", [[], SOURCE[:2], [Loop(0, 3), Loop(0, 5), Loop(0, 7)], [*SOURCE, Loop(0, 2)]]
 )
 def test_loops_are_those_of_the_source(source):
     with pytest.raises(ValueError, match="loops of depths"):
         executed.executed(executed.sass(NEST), source)
+
+
+TWO_HEADS = _lines(
+    (1, "@P0 BRA `(.L_x_1)"),  # the first turn may begin with the loop's second half
+    ".L_x_0",
+    (8, "FADD R1, R1, R2"),
+    ".L_x_1",
+    (7, "MUFU.EX2 R4, R4"),
+    (1, "@P1 BRA `(.L_x_1)"),
+    (1, "@P2 BRA `(.L_x_0)"),
+    (1, "EXIT"),
+)
+
+
+def test_a_loop_may_be_entered_at_two_places():
+    found = executed.executed(executed.sass(TWO_HEADS), [Loop(0, 4)]).instructions
+    assert (found["float"], found["special"], found["control"]) == (4 * 8, 4 * 7, 1 + 4 * 2 + 1)
+
+
+def test_a_loop_of_one_turn_may_be_none():
+    """Here the outer one, whose end the compiler knew; what it held is a level higher."""
+    found = executed.executed(executed.sass(NEST), [Loop(0, 3), Loop(1, 5), Loop(0, 1), Loop(1, 7)])
+    assert found == executed.executed(executed.sass(NEST), SOURCE)
 
 
 GCN = """

@@ -323,11 +323,12 @@ def test_pictures_of_a_gpu(tmp_path):
 
 
 def test_shards_fill_a_gpu_on_paper():
-    """One sequence has too few programs, and its shards enough; where there are enough, none."""
+    """One sequence has too few programs, and its shards enough. Where there is one to every
+    multiprocessor, shards still give each a second one, which issues while the other waits."""
     few, many = (Shape(32768, B=B, H=16) for B in (1, 8))
     local, whole = tnt(few)
     assert local < sum(predict(few).values()) / 4 and local + whole < sum(predict(few).values())
-    assert tnt(many)[0] == pytest.approx(sum(predict(many).values()))
+    assert sum(predict(many).values()) / 2 < tnt(many)[0] < sum(predict(many).values())
     assert tnt(many, BOTH)[1] > tnt(many)[1]
 
 

@@ -59,20 +59,23 @@ def test_shipped_kernels(path, arch, head_dims, tmp_path):
 
 def test_ceilings_are_recorded():
     """Of the versions that are compiled with in tests, those of every kernel and no other."""
-    wide = [kernel for kernel in static.KERNELS if not kernel.startswith("coefficients")]
+    gates = [kernel for kernel in static.KERNELS if kernel.startswith("coefficients")]
+    wide = [kernel for kernel in static.KERNELS if kernel not in gates]
     wanted = {
         f"{kernel}, {arch}"
-        for arch in ARCHITECTURES
-        for kernel in (
-            *(kernel for kernel in static.KERNELS if kernel not in wide),
-            *(f"{kernel}, D {D}" for kernel in wide for D in static.HEAD_DIMS),
-            *(f"scan, D {D}, chunk 64" for D in static.HEAD_DIMS),
-        )
+        for arch, D in product(ARCHITECTURES, static.HEAD_DIMS)
+        for kernel in (*(f"{kernel}, D {D}" for kernel in wide), f"scan, D {D}, chunk 64")
+    }
+    wanted |= {
+        f"{kernel}, block {tile(D, 4 * D, torch.bfloat16, arch, 16, backward).block}, {arch}"
+        for arch, D in product(ARCHITECTURES, static.HEAD_DIMS)
+        for kernel in gates
+        for backward in [kernel != "coefficients"]
     }
     wanted |= {  # where training takes a tile of its own
-        f"{kernel}, block 64, {arch}"
-        for arch in ("sm_90", "sm_100")
-        for kernel in ("scan, D 64, chunk 64", "scan, D 64", "retrieve, D 64")
+        f"{kernel.format(D)}, block 64, {arch}"
+        for arch, D in (("sm_90", 128), ("sm_100", 64))
+        for kernel in ("scan, D {}, chunk 64", "scan, D {}", "retrieve, D {}")
     }
     for version in ("3.6", "3.9"):
         assert wanted == static.recorded()[version].keys()
@@ -115,14 +118,17 @@ def _report(**changes):
         ({}, None),
         ({"registers": 216}, None),
         ({"registers": 217}, "224 registers, recorded 216"),
-        ({"stack": 256}, None),
-        ({"stack": 257}, "257 bytes of stack, at most 256"),
+        ({"stack": 512}, None),
+        ({"stack": 513}, "513 bytes of stack, at most 512"),
         ({"constants": CONSTANTS | {"D": "256"}}, None),
         ({"executed": {"integer": 400 * TOKENS, "spill": 200 * TOKENS}}, None),
         (
             {"executed": {"integer": 400 * TOKENS, "spill": 200 * TOKENS + 1}},
             "601 instructions a token, recorded 600",
         ),
+        ({"flop": 1.05e10}, None),
+        ({"flop": 1.06e10}, "products are computed 1.06 times"),
+        ({"flop": 1.06e10, "constants": CONSTANTS | {"D": "256"}}, None),
         ({"flop": 9.9e9}, "99% of the products on tensor cores"),
         ({"uncounted": "a while loop"}, "a while loop"),
         ({"shared": 126_977}, "126,977 bytes of shared memory, recorded 126,976"),
@@ -179,16 +185,19 @@ def test_record_keeps_other_versions_and_kernels(tmp_path, monkeypatch):
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "cpu"])
 def test_every_size_has_a_tile(arch, dtype):
     for D in range(16, 257, 16):
-        assert tile(D, 4 * D, dtype, arch).slice <= 64
-    assert tile(D, 4 * D, dtype, arch, 10**12).slice <= 64
+        assert tile(D, 4 * D, dtype, arch).slice <= 128
+    assert tile(D, 4 * D, dtype, arch, 10**12).slice <= 128
     assert tile(64, 16, dtype, arch).slice == (64 if arch == "cpu" else 16)
 
 
 def test_training_may_take_another_tile():
-    """No pass backwards may spill, as some do in larger blocks; float32 is not made for speed."""
-    for arch, other in (("sm_80", False), ("sm_90", True), ("sm_100", True), ("cpu", False)):
-        alone, training = (tile(64, 256, torch.bfloat16, arch, backward=x) for x in (False, True))
-        assert (alone.block > training.block) == other
+    """Where instructions are the same, blocks of 128 move half of the states."""
+    for arch, D in (("sm_80", None), ("sm_90", 128), ("sm_100", 64), ("cpu", None)):
+        for size in (64, 128):
+            alone, training = (
+                tile(size, 4 * size, torch.bfloat16, arch, backward=x) for x in (False, True)
+            )
+            assert (alone.block > training.block) == (size == D)
         assert tile(64, 256, torch.float32, arch, backward=False).block == 32 or arch == "cpu"
 
 

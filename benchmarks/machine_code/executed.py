@@ -1,18 +1,18 @@
 """Warp instructions that a kernel executes, by what they are, from the loops of its machine code.
 
-Basic blocks, dominators, back edges and natural loops are those of any compiler. The loops of the
-machine code are those of the source in the same order and nest, which is checked; `loops.py` says
-how often each turns. All of a loop's body counts with every turn, branches that few turns take and
-instructions whose predicate does not hold among it: those cost an issue slot all the same.
+Basic blocks and loops are those of any compiler. The loops of the machine code are those of the
+source in the same order and nest, which is checked; `loops.py` says how often each turns. All of a
+loop's body counts with every turn, branches that few turns take and instructions whose predicate
+does not hold among it: those cost an issue slot all the same.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from math import prod
 
 from .loops import Loop
@@ -56,60 +56,67 @@ def _blocks(code: Code) -> tuple[list[range], list[list[int]]]:
     return blocks, following
 
 
-def _reached(following: list[list[int]], start: int, without: int | None = None) -> set[int]:
+def _reached(start: int, following: Sequence[Iterable[int]], inside: set[int]) -> set[int]:
     seen, todo = {start}, [start]
     while todo:
         for block in following[todo.pop()]:
-            if block not in seen and block != without:
+            if block in inside and block not in seen:
                 seen.add(block)
                 todo.append(block)
     return seen
 
 
-def _dominators(following: list[list[int]]) -> dict[int, int]:
-    """Of every block that is reached, as bits: the blocks that every way to it goes through."""
-    reached = sorted(_reached(following, 0))
-    before: dict[int, list[int]] = {block: [] for block in reached}
-    for block in reached:
-        for after in following[block]:
-            before[after].append(block)
-    everything = sum(1 << block for block in reached)
-    found = dict.fromkeys(reached, everything)
-    found[0] = 1
-    changed = True
-    while changed:
-        changed = False
-        for block in reached[1:]:
-            through = everything
-            for other in before[block]:
-                through &= found[other]
-            through |= 1 << block
-            changed |= through != found[block]
-            found[block] = through
-    return found
+def _loops(inside: set[int], following: list[set[int]]) -> Iterator[tuple[int, set[int]]]:
+    """Heads and bodies: blocks that reach each other, and so on without the edges to a head.
+
+    A body that is entered at several blocks has several heads; the first counts.
+    """
+    before: list[set[int]] = [set() for _ in following]
+    for block, after in enumerate(following):
+        for other in after:
+            before[other].add(block)
+    left = set(inside)
+    while left:
+        block = min(left)
+        body = _reached(block, following, inside) & _reached(block, before, inside)
+        left -= body
+        if len(body) == 1 and block not in following[block]:
+            continue
+        heads = {x for x in body if before[x] - body} or {block}
+        yield min(heads), body
+        without = [after - heads if x in body else set() for x, after in enumerate(following)]
+        yield from _loops(body, without)
 
 
 def nest(code: Code) -> tuple[list[set[int]], set[int]]:
     """Loops in the order of their heads, each by its instructions; and all that can be reached."""
-    blocks, following = _blocks(code)
-    dominators = _dominators(following)
-    before: dict[int, list[int]] = {block: [] for block in dominators}
-    for block in dominators:
-        for after in following[block]:
-            before[after].append(block)
-    loops: dict[int, set[int]] = {}
-    for block, through in dominators.items():
-        for head in following[block]:
-            if through >> head & 1:  # a back edge
-                body = loops.setdefault(head, {head})
-                todo = [block]
-                while todo:
-                    inside = todo.pop()
-                    if inside not in body:
-                        body.add(inside)
-                        todo += before[inside]
-    bodies = [{i for block in loops[head] for i in blocks[block]} for head in sorted(loops)]
-    return bodies, {i for block in dominators for i in blocks[block]}
+    blocks, edges = _blocks(code)
+    reached = _reached(0, edges, set(range(len(blocks))))
+    following = [set(after) if i in reached else set() for i, after in enumerate(edges)]
+    found = sorted(_loops(reached, following), key=lambda loop: (loop[0], -len(loop[1])))
+    bodies = [{i for block in body for i in blocks[block]} for _, body in found]
+    return bodies, {i for block in reached for i in blocks[block]}
+
+
+def _matched(depths: Sequence[int], source: Sequence[Loop]) -> list[Loop]:
+    """The source's loops that are loops still: one of a single turn may have become none."""
+    single = [i for i, loop in enumerate(source) if loop.turns <= 1]
+    for gone in combinations(single, max(0, len(source) - len(depths))):
+        kept = [i for i in range(len(source)) if i not in gone]
+        outside = {i: sum(g in _around(source, i) for g in gone) for i in kept}
+        if [source[i].depth - outside[i] for i in kept] == list(depths):
+            return [source[i] for i in kept]
+    raise ValueError(f"loops of depths {list(depths)}, the source's {[x.depth for x in source]}")
+
+
+def _around(source: Sequence[Loop], at: int) -> set[int]:
+    """Loops that a loop stands in."""
+    found, depth = set(), source[at].depth
+    for i in reversed(range(at)):
+        if source[i].depth < depth:
+            found.add(i)
+            depth = source[i].depth
+    return found
 
 
 def turns(code: Code, source: Sequence[Loop]) -> list[int]:
@@ -120,11 +127,9 @@ def turns(code: Code, source: Sequence[Loop]) -> list[int]:
     """
     bodies, reached = nest(code)
     bodies = [body for body in bodies if len(body) > WAIT]
-    depths = [sum(body < other for other in bodies) for body in bodies]
-    if depths != [loop.depth for loop in source]:
-        raise ValueError(f"loops of depths {depths}, the source's {[x.depth for x in source]}")
+    loops = _matched([sum(body < other for other in bodies) for body in bodies], source)
     times = [int(i in reached) for i in range(len(code.instructions))]
-    for body, loop in zip(bodies, source, strict=True):
+    for body, loop in zip(bodies, loops, strict=True):
         for i in body:
             times[i] *= loop.turns
     return times
@@ -182,6 +187,20 @@ def kind(name: str) -> str:
     return next(kind for pattern, kind in _GCN_CLASSES if pattern.match(name))
 
 
+def width(name: str) -> int:
+    """Bytes of a thread that an instruction moves to or from global memory.
+
+    LDG.E.128 loads 16, LDG.E.U16 two, LDG.E four; global_load_dwordx4 16, buffer_store_short two.
+    """
+    if match := _GCN_ACCESS.fullmatch(name):
+        return next(size for what, size in _GCN_WIDTHS if what in match[1])
+    operation, *suffixes = name.split(".")
+    if operation not in ("LDG", "LDGSTS", "STG"):
+        return 0
+    bits = [int(s.lstrip("US")) for s in suffixes if re.fullmatch(r"[US]?(8|16|64|128)", s)]
+    return (bits or [32])[0] // 8
+
+
 _SASS_SHAPES = (
     (re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\."), 4),  # of a warp group
     (re.compile(r"HMMA\.(16)(8)(16|8)\."), 1),
@@ -200,6 +219,10 @@ def flop(name: str) -> float:
 
 _GCN_LABEL = re.compile(r"^(\.LBB\w+):")
 _GCN = re.compile(r"^\t([a-z][a-z0-9_]+)\b[ \t]*(\S*)")
+_GCN_ACCESS = re.compile(r"(?:global|buffer|flat)_(?:load|store)_(\w+)")
+_GCN_WIDTHS = (  # of "dwordx4", "lds_dwordx4", "ushort_d16", ...
+    *(("dwordx4", 16), ("dwordx3", 12), ("dwordx2", 8), ("dword", 4), ("short", 2), ("byte", 1)),
+)
 _GCN_SHAPE = (re.compile(r"v_mfma_f32_(32|16)x(32|16)x(\d+)(?!\d|_\d+b)"), 1)
 _GCN_CLASSES = tuple(
     (re.compile(pattern), kind)
@@ -240,6 +263,7 @@ class Executed:
     """Of one warp of one program."""
 
     instructions: dict[str, int]  # by CLASSES
+    traffic: int  # bytes of a thread, to and from global memory
     flop: float  # on tensor cores, as far as instructions' names say
 
 
@@ -247,8 +271,9 @@ def executed(code: Code, source: Sequence[Loop]) -> Executed:
     """Instructions with all turns."""
     times = turns(code, source)
     count: Counter[str] = Counter(dict.fromkeys(CLASSES, 0))
-    work = 0.0
+    work, traffic = 0.0, 0
     for instruction, n in zip(code.instructions, times, strict=True):
         count[kind(instruction.name)] += n
+        traffic += n * width(instruction.name)
         work += n * flop(instruction.name)
-    return Executed(dict(count), work)
+    return Executed(dict(count), traffic, work)

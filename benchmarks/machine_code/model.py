@@ -47,10 +47,16 @@ among them. Products of N by N and N by C tokens are whole here, as they are don
 history, half is masked.
 
 The bytes have to pass between the pass and the GPU's memory: a tensor once a block, nothing for
-what caches can give again. A pass takes the slower of the two; scan and scan_backward, whose chunks
-wait for each other and which have one program to a sequence and head, at least their chunks'
-latency, in as many turns as programs need. Rates were measured on an H200; the latency of a chunk
-is a guess that a measurement has to replace, and so is that a chunk takes twice as long backwards.
+what caches can give again. Of scan's and scan_backward's, 32 D hidden / N are the running state
+and its gradient, which stay in the L2 cache where those of all programs fit.
+
+A pass takes the slowest of its products, its bytes to memory and through L2, and, counted in
+machine code (`hardware`), the time in which multiprocessors issue its instructions and L1 serves
+them. A program of scan or scan_backward is all that its multiprocessor has, or one of two, and a
+warp waits for its own results: a scheduler with one warp issues an instruction every CYCLES cycles
+at best.
+CYCLES is a guess that a measurement has to replace. Launches cost the host LAUNCH seconds each,
+beside the GPU's work: a CUDA graph hides them.
 
 TNT is predicted as its two memories one after the other: the local one as so many more sequences
 as there are shards of 2,048 tokens, the global one in chunks of 2,048, whose queries read matrices
@@ -75,14 +81,12 @@ from titans_kernels.kernels.tiles import Blocks, Tile, tile
 
 from .. import RESULTS
 from ..running.shapes import BOTH, FORWARD, Shape
+from .hardware import GPU, GPUS, H200, asked
+from .published import delta_rule, sdpa
 
-H200_FLOPS, H200_BYTES = 790e12, 4.3e12  # a second
-SMS = 132
-CHUNK_LATENCY = {  # seconds, at 64 by 256; estimated
-    "scan": 4e-6,
-    "scan+": 4e-6,
-    "scan_backward": 8e-6,
-}
+CYCLES = 2.0  # between two instructions of a warp; a guess
+LAUNCH = 3e-6  # seconds of the host, a kernel
+GROUP = 2048  # tokens of a sequence between launches
 FORWARD_PASSES = ("coefficients", "scan", "retrieve")
 BACKWARD_PASSES = (
     *(f"{name}+" for name in FORWARD_PASSES),
@@ -100,11 +104,12 @@ class Cost(NamedTuple):
 
     flop: float
     bytes: float
+    running: float = 0.0  # of these bytes, those that may stay in L2
 
     @property
     def floor(self) -> float:
-        """Nanoseconds on an H200."""
-        return 1e9 * max(self.flop / H200_FLOPS, self.bytes / H200_BYTES)
+        """Nanoseconds on an H200, of products and bytes alone."""
+        return 1e9 * max(self.flop / H200.flops, self.bytes / H200.bytes)
 
 
 def cost(name: str, D: int, hidden: int, block: int, chunk: int, T: int) -> Cost:
@@ -118,11 +123,12 @@ def cost(name: str, D: int, hidden: int, block: int, chunk: int, T: int) -> Cost
             "retrieve": 10 * D + 6 * hidden,
             "coefficients": 4 * block + 4,
         }
-        return Cost(once.flop, once.bytes + more[name[:-1]])
+        return Cost(once.flop, once.bytes + more[name[:-1]], once.running)
     return {
         "scan": Cost(
             20 * matrix + 6 * block * wide,
             8 * D + 6 * hidden + 4 * block / chunk + 8 + 40 * states,
+            32 * states,
         ),
         "retrieve": Cost(
             8 * matrix + 4 * block * wide,
@@ -137,6 +143,7 @@ def cost(name: str, D: int, hidden: int, block: int, chunk: int, T: int) -> Cost
         "scan_backward": Cost(
             44 * matrix + 12 * block * wide,
             36 * D + 38 * hidden + 24 + (12 * block + 16) / chunk + 52 * states,
+            32 * states,
         ),
         "inputs_backward q": Cost(
             4 * matrix + block * (6 * D + 4 * hidden),
@@ -172,19 +179,46 @@ def forward_bytes(shape: Shape, arch: str = "sm_90") -> float:
     return shape.B * shape.T * shape.H * once
 
 
-def predict(shape: Shape, mode: str = FORWARD, arch: str = "sm_90") -> dict[str, float]:
+def predict(
+    shape: Shape, mode: str = FORWARD, arch: str = "sm_90", gpu: GPU = H200
+) -> dict[str, float]:
     """Seconds of each pass of a call, by name."""
+    return {name: _seconds(name, shape, mode, arch, gpu) for name in PASSES[mode]}
+
+
+def _seconds(name: str, shape: Shape, mode: str, arch: str, gpu: GPU) -> float:
     size = _tile(shape, mode, arch)
-    sizes = (shape.D, shape.hidden, size.block, shape.chunk, shape.T)
-    tokens = shape.B * shape.T * shape.H
-    seconds = {name: 1e-9 * tokens * cost(name, *sizes).floor for name in PASSES[mode]}
-    blocks = Blocks.of(shape.chunk, size)
-    steps = ceil(shape.T / blocks.tokens) * blocks.chunks
-    wider = max(1.0, shape.D * shape.hidden / (64 * 256))
-    turns = ceil(shape.B * shape.H / SMS)
-    for name in seconds.keys() & CHUNK_LATENCY.keys():
-        seconds[name] = max(seconds[name], turns * steps * wider * CHUNK_LATENCY[name])
+    each = cost(name, shape.D, shape.hidden, size.block, shape.chunk, shape.T)
+    asks = asked(name, shape.D, shape.hidden, shape.chunk, mode == BOTH)
+    tokens, programs = shape.B * shape.T * shape.H, shape.B * shape.H
+    held = each.running if programs * 16 * shape.D * shape.hidden <= gpu.cache_size else 0.0
+    seconds = max(
+        tokens * each.flop / gpu.flops,
+        tokens * (each.bytes - held) / gpu.bytes,
+        tokens * each.bytes / gpu.cache,
+        tokens * asks.bytes / gpu.near,
+        tokens * asks.instructions / gpu.issue,
+    )
+    if name.startswith("scan"):
+        schedule = size.scan_backward if name == "scan_backward" else size.scan
+        beside = 2 if programs > gpu.sms and schedule.warps <= 4 else 1  # by its registers
+        waits = max(1.0, CYCLES / (beside * schedule.warps / 4))
+        block = Blocks.of(shape.chunk, size).tokens
+        one = ceil(programs / gpu.sms) * ceil(shape.T / block) * block  # tokens of a multiprocessor
+        seconds = max(seconds, waits * one * asks.instructions * gpu.sms / gpu.issue)
     return seconds
+
+
+def issue(shape: Shape, mode: str = FORWARD, gpu: GPU = H200) -> float:
+    """Seconds in which multiprocessors, all of them busy, issue the instructions of a call."""
+    sizes = (shape.D, shape.hidden, shape.chunk, mode == BOTH)
+    once = sum(asked(name, *sizes).instructions for name in PASSES[mode])
+    return shape.B * shape.T * shape.H * once / gpu.issue
+
+
+def launches(shape: Shape, mode: str = FORWARD) -> float:
+    """Seconds of the host, where no CUDA graph hides them."""
+    return LAUNCH * len(PASSES[mode]) * ceil(shape.T / GROUP)
 
 
 def tnt(shape: Shape, mode: str = FORWARD, size: int = 2048) -> tuple[float, float]:
@@ -245,7 +279,7 @@ def table(results: Path, mode: str = FORWARD) -> list[str]:
     there = measured(results)
     columns = COLUMNS[mode]
     head = ("B x H x D", "T", "chunk", *columns, "sum ms", "measured ms")
-    rows = ["", f"{mode}, ms", " ".join(f"{x:>12}" for x in head)]
+    rows = ["", f"{mode}, ms on an H200", " ".join(f"{x:>12}" for x in head)]
     for D, B, T, chunk in product((64, 128), (1, 8), (2048, 8192, 32768), (16, 64)):
         shape = Shape(T, chunk, B, 16, D)
         parts = predict(shape, mode)
@@ -257,6 +291,22 @@ def table(results: Path, mode: str = FORWARD) -> list[str]:
     return rows
 
 
+def compared() -> list[str]:
+    """As many heads as fill a GPU once: ours on paper, others as published."""
+    head = ("GPU", "D", "T", "chunk", "mode", "issue ms", "predicted ms", "launches ms")
+    head += ("SDPA ms", "delta rule ms")
+    rows = ["", "128 heads of all sequences, on paper; others as published (published.py)"]
+    rows.append("| " + " | ".join(head) + " |")
+    rows.append("|" + "---|" * len(head))
+    for gpu, D, T, chunk, mode in product(GPUS, (64, 128), (2048, 8192, 16384), (16, 64), COLUMNS):
+        shape = Shape(T, chunk, 8, 16, D)
+        seconds = [issue(shape, mode, gpu), sum(predict(shape, mode, gpu=gpu).values())]
+        seconds += [launches(shape, mode), sdpa(shape, mode), delta_rule(shape, mode)]
+        cells = ["-" if x is None else f"{1e3 * x:.2f}" for x in seconds]
+        rows.append("| " + " | ".join(map(str, (gpu.name, D, T, chunk, mode, *cells))) + " |")
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -264,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = parser.parse_args(argv).results
     for mode in COLUMNS:
         print(*table(results, mode), sep="\n")
-    print(*beside_tnt(), sep="\n")
+    print(*beside_tnt(), *compared(), sep="\n")
     return 0
 
 

@@ -56,9 +56,10 @@ class Report:
     stores: dict[int, int]
     unfenced: int = 0  # products on Hopper that may read shared memory from before a copy to it
     executed: dict[str, int] = field(default_factory=dict)  # warp instructions of a launch, by kind
+    traffic: int = 0  # of a launch, through the caches of its multiprocessors at most
     flop: float = 0.0  # of a launch, on tensor cores
     needed: float = 0.0  # FLOP of a launch that products in the kernel's source have
-    uncounted: str = ""  # why there are none of the three
+    uncounted: str = ""  # why there are none of the four
 
     def __str__(self) -> str:
         figures = {
@@ -122,12 +123,12 @@ def report(
         shared=meta.shared,
         tensor_memory=getattr(meta, "tmem_size", None) or 0,
         **figures,
-        **_execution(code, compiled.asm, integers, programs, meta.num_warps),
+        **_execution(code, compiled.asm, integers, programs, meta.num_warps, arch),
     )
 
 
 def _execution(
-    code: executed.Code, asm: Any, integers: Sequence[int], programs: int, warps: int
+    code: executed.Code, asm: Any, integers: Sequence[int], programs: int, warps: int, arch: str
 ) -> dict[str, Any]:
     try:
         # Pipelining may take a turn out of a loop, so loops are those after it.
@@ -136,8 +137,10 @@ def _execution(
         needed = loops.read(asm["ttir"], integers).flop
     except ValueError as unknown:
         return dict(uncounted=str(unknown))
+    threads = ARCHITECTURES[arch].warp
     return dict(
         executed={what: n * warps * programs for what, n in one.instructions.items()},
+        traffic=one.traffic * threads * warps * programs,
         flop=(one.flop * warps + source.tensor_memory) * programs,
         needed=needed * programs,
     )
@@ -163,8 +166,8 @@ def _read_nvidia(asm: Any) -> tuple[executed.Code, dict[str, Any]]:
         traps=ops["BPT.TRAP"],
         instructions=ops.total(),
         tensor_core=_by_name(ops, _NVIDIA_PRODUCT),
-        loads=_by_width(ops, ("LDG", "LDGSTS")),
-        stores=_by_width(ops, ("STG",)),
+        loads=_by_width(ops, r"LDG(STS)?\b"),
+        stores=_by_width(ops, r"STG\b"),
         unfenced=unfenced(asm["ptx"]),
     )
 
@@ -198,22 +201,18 @@ def _by_name(ops: Counter[str], pattern: re.Pattern[str]) -> dict[str, int]:
     return dict(found)
 
 
-def _by_width(ops: Counter[str], names: tuple[str, ...]) -> dict[int, int]:
-    """LDG.E.128 loads 16 bytes a thread, LDG.E.U16 two, LDG.E four."""
+def _by_width(ops: Counter[str], pattern: str) -> dict[int, int]:
+    """Instructions by the bytes that a thread moves."""
     found: Counter[int] = Counter()
     for op, n in ops.items():
-        name, *suffixes = op.split(".")
-        if name in names:
-            bits = [int(s.lstrip("US")) for s in suffixes if re.fullmatch(r"[US]?(8|16|64|128)", s)]
-            found[(bits or [32])[0] // 8] += n
+        if re.match(pattern, op):
+            found[executed.width(op)] += n
     return dict(sorted(found.items()))
 
 
 # ---------------------------------------------------------------------------------------------- AMD
 
 _AMD_PRODUCT = re.compile(r"v_mfma_\w+")
-_AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(\w+)")
-_AMD_WIDTH = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "short": 2, "byte": 1}
 
 
 def _read_amd(asm: Any) -> tuple[executed.Code, dict[str, Any]]:
@@ -221,10 +220,6 @@ def _read_amd(asm: Any) -> tuple[executed.Code, dict[str, Any]]:
     figures = {name: int(n) for name, n in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.M)}
     code = executed.gcn(text)
     ops = Counter(instruction.name for instruction in code.instructions)
-    widths: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
-    for op, n in ops.items():
-        if match := _AMD_ACCESS.fullmatch(op):
-            widths[match[1]][_amd_width(match[2])] += n
     return code, dict(
         registers=figures["vgpr_count"],  # accumulation registers among them
         stack=figures["private_segment_fixed_size"],
@@ -232,11 +227,6 @@ def _read_amd(asm: Any) -> tuple[executed.Code, dict[str, Any]]:
         traps=ops["s_trap"],
         instructions=ops.total(),
         tensor_core=_by_name(ops, _AMD_PRODUCT),
-        loads=dict(sorted(widths["load"].items())),
-        stores=dict(sorted(widths["store"].items())),
+        loads=_by_width(ops, r"(global|buffer|flat)_load"),
+        stores=_by_width(ops, r"(global|buffer|flat)_store"),
     )
-
-
-def _amd_width(suffix: str) -> int:
-    """The bytes of "dwordx4", "lds_dwordx4", "ushort_d16", ..."""
-    return next(size for name, size in sorted(_AMD_WIDTH.items(), reverse=True) if name in suffix)

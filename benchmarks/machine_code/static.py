@@ -56,7 +56,8 @@ PRODUCTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v
 SMALL_SHARED_MEMORY = 99 * 1024  # bytes on sm_86, sm_89 and sm_120, which sm_80's tiles serve too
 ROWS = {"sm_90": 64, "sm_100": 64}  # fewer, as in blocks of 32, take the tensor cores of sm_80
 CEILINGS = ROOT / "tests" / "static_ceilings.json"
-MOST_STACK = 256  # bytes a thread may spill: more, and addresses of spills fill registers too
+MOST_STACK = 512  # bytes a thread may spill: what it costs is among the instructions
+TWICE = 1.05  # how often a product may be computed, on average, where nothing excuses it
 
 
 def launch(
@@ -105,16 +106,17 @@ def size(report: Report, name: str, otherwise: int = 0) -> int:
 
 
 def head_dim(report: Report) -> int:
-    """0 for the coefficients, which have none: they are compiled once."""
+    """0 for the coefficients, which have none: they are compiled for every size of blocks."""
     return size(report, "D")
 
 
 def chunk_size(report: Report) -> int:
-    return size(report, "CHUNK", CHUNK)
+    """Recall, which reads without learning, has none."""
+    return CHUNK if name(report) == "recall" else size(report, "CHUNK", CHUNK)
 
 
 def key(report: Report) -> str:
-    sizes = [f"D {head_dim(report)}"] if head_dim(report) else []
+    sizes = [f"D {head_dim(report)}" if head_dim(report) else f"block {size(report, 'BT')}"]
     sizes += [f"chunk {chunk_size(report)}"] if chunk_size(report) != CHUNK else []
     sizes += [f"block {size(report, 'BT')}"] if is_training(report) else []
     return ", ".join([name(report), *sizes, report.arch])
@@ -158,6 +160,12 @@ def version() -> str:
     return ".".join(triton.__version__.split(".")[:2])
 
 
+def computes_twice(report: Report) -> bool:
+    """Whether warps compute products that others compute too, where tiles leave no room for it."""
+    fast = report.arch == "sm_90" and head_dim(report) <= 128
+    return fast and report.twice is not None and report.twice > TWICE
+
+
 def problems(reports: Iterable[Report], ceilings: dict[str, dict[str, int]]) -> list[str]:
     """What is worse than it may be, of the limits that hold for all and of recorded ceilings."""
     found = []
@@ -166,6 +174,8 @@ def problems(reports: Iterable[Report], ceilings: dict[str, dict[str, int]]) -> 
         found += report.faults(stack=MOST_STACK)
         if report.uncounted:
             found.append(f"{where}: {report.uncounted}")
+        if computes_twice(report):
+            found.append(f"{where}: products are computed {report.twice:.2f} times")
         if report.arch == "sm_80" and report.shared > SMALL_SHARED_MEMORY:
             found.append(f"{where}: {report.shared:,} bytes of shared memory; sm_86 has fewer")
         if ceilings and where not in ceilings:
@@ -239,6 +249,7 @@ def together(reports: Iterable[Report]) -> list[Report]:
         replace(
             launches[0],
             executed=dict(sum((Counter(x.executed) for x in launches), Counter())),
+            traffic=sum(x.traffic for x in launches),
             flop=sum(x.flop for x in launches),
             needed=sum(x.needed for x in launches),
         )
@@ -247,7 +258,7 @@ def together(reports: Iterable[Report]) -> list[Report]:
 
 
 def compiled(architectures: Iterable[str], head_dims: Iterable[int]) -> Iterable[list[Report]]:
-    """Reports of a launch at a time; coefficients are the same for every head dimension."""
+    """Reports of a launch at a time; coefficients know a block's size, and no head dimension."""
     for arch in architectures:
         seen: set[str] = set()
         for size in head_dims:

@@ -70,8 +70,8 @@ FORWARD = (
 )
 TRAINING = (
     blocks(32, 64, 128),
-    one("slice", 32, 64),
-    one("rows", 32, 64),
+    one("slice", 32, 64, 128),
+    one("rows", 32, 64, 128),
     schedules("recall"),
     *map(warps, ("retrieve_backward", "scan_backward", "inputs_backward")),
 )

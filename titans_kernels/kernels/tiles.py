@@ -84,45 +84,39 @@ class Tile:
 _4, _8 = Schedule(4), Schedule(8)
 _4x2, _8x2 = Schedule(4, 2), Schedule(8, 2)
 _4x3, _8x3 = Schedule(4, 3), Schedule(8, 3)
-_ALL_4 = dict.fromkeys(
-    ("scan", "retrieve", "recall", "retrieve_backward", "scan_backward", "inputs_backward"), _4
-)
+# Backwards; forward passes have 4 warps where a row does not name them.
+_BACKWARD_4 = dict.fromkeys(("retrieve_backward", "scan_backward", "inputs_backward"), _4)
 ANY = 2**63
 
 # Head dimensions and chunks up to the first two numbers take the tile; chunks set the width of what
-# scan holds. Above it, of scan, retrieve and recall, then of retrieve, scan and inputs backwards:
-# registers and, where a thread has any, bytes of stack (Triton 3.9 and, where much differs, 3.6;
-# `python -m benchmarks.machine_code.static`). A row that `benchmarks.machine_code.tune` wrote says
-# what it measured instead.
+# scan holds. Chosen by the warp instructions that are executed for a token, as far as a thread
+# spills little (`python -m benchmarks.machine_code.static`; figures in tests/static_ceilings.json).
+# A row that `benchmarks.machine_code.tune` wrote says what it measured instead.
 _HALF = {
     # sm_80's also fit sm_86, sm_89 and sm_120, which have 99 KiB of shared memory to a program.
     "sm_80": (
-        # 254 (3.6: 255 and 32), 255, 166; 128, 255 and 8 (3.6: 120), 128 and 8
-        (64, ANY, Tile(64, 32, 32, 32, scan=_4, retrieve=_4x2, recall=_4x2)),
-        # 255 and 16 (3.6: 88), 255, 174; 169, 255 and 32 (3.6: 128), 128 and 8
-        (128, ANY, Tile(64, 32, 32, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
+        # 8 warps, or slices and rows of 32, would compute products twice.
+        (64, ANY, Tile(64, 64, 32, 64, **_BACKWARD_4)),
+        # So do the 8 of scan; 4 spill 816 bytes there.
+        (128, ANY, Tile(64, 64, 32, 64, scan=_8, **_BACKWARD_4)),
         # 255, 255, 169; 165, 255 and 16 (3.6: 40), 166. Rows of 64: scan backwards 255 and 56
         (256, ANY, Tile(32, 32, 16, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
     ),
     "sm_90": (
-        # 230, 241, 128; 172, 236, 191
-        (64, 32, Tile(64, 64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
-        # 237, 241, 128; scan backwards 255 and 80. Scan of 4 warps: 255 and 48
-        (64, ANY, Tile(64, 64, 64, 64, scan=_8, retrieve=_8x2, recall=_4x2)),
-        # 230, 228, 105; 169, 255, 191
-        (128, 32, Tile(64, 64, 32, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
-        # 255 and 16 (3.6: 253), 216, 105. Scan of a block of 64: 255 and 112
-        (128, ANY, Tile(32, 64, 32, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
-        # 255 and 72 (3.6: 255), 242, 181; 180, 255, 191. Of 32 queries: 255 and 232
-        (256, 32, Tile(64, 64, 16, 64, scan=_8, retrieve=_8, recall=_8x2)),
+        # 8 warps would compute products of 64 rows twice.
+        (64, ANY, Tile(64, 64, 64, 64, recall=_4x2, **_BACKWARD_4)),
+        # 8 warps find rows for all of them, but in scan_backward's chunks of 16.
+        (128, 32, Tile(64, 128, 64, 128, scan=_8, retrieve=_8, recall=_8, scan_backward=_4)),
+        # There 4 spill 2,176 bytes; 8 compute a tenth of the products twice.
+        (128, ANY, Tile(64, 128, 64, 128, scan=_8, retrieve=_8, recall=_8)),
+        # Slices of 64 take a third more instructions in scan, 8 warps two thirds more backwards.
+        (256, 32, Tile(64, 128, 16, 64, scan=_8, retrieve=_8, recall=_8, scan_backward=_4)),
         # 255 and 8, 211, 181; scan backwards 255 and 72. Scan of a block of 64: 255 and 832
         (256, ANY, Tile(32, 64, 16, 64, scan=_8, retrieve=_8, recall=_8x2)),
     ),
     "sm_100": (
-        # 204, 125, 121; 112, 238, 172
-        (64, ANY, Tile(64, 64, 64, 64, scan=_4, retrieve=_8x2, recall=_4x2)),
-        # 212, 184, 120; 154, 232, 172
-        (128, ANY, Tile(64, 64, 64, 64, scan=_8, retrieve=_8x2, recall=_8x2)),
+        # 4 warps have fewer instructions than 8, and no product is computed twice either way.
+        (128, ANY, Tile(64, 64, 64, 64, recall=_4x2, **_BACKWARD_4)),
         # 234, 164, 255; 255, 249, 172. Retrieve of 64 queries: 255 and 32 (3.6: and 288)
         (256, 32, Tile(64, 64, 32, 64, scan=_8, retrieve=_8, recall=_8x2)),
         # 255; a block of 64 takes more tensor memory than there is, and traps (3.6)
@@ -131,24 +125,26 @@ _HALF = {
     # Up to 512 registers, for 4 warps; of 8, scan_backward has 256 and 332 bytes of stack.
     "gfx942": (
         # 282 (3.6: 438), 262, 160; 224, 398, 232
-        (64, ANY, Tile(64, 64, 64, 64, **_ALL_4)),
+        (64, ANY, Tile(64, 64, 64, 64, **_BACKWARD_4)),
         # 268 (3.6: 399), 408, 208; 354, 398, 233. Scan of slices of 64: 362 (3.6: 512 and 204)
-        (128, ANY, Tile(64, 32, 64, 64, **_ALL_4)),
+        (128, ANY, Tile(64, 32, 64, 64, **_BACKWARD_4)),
         # 246 (3.6: 383), 362, 194; 217, 255, 212. Scan of a block of 64: 360 (3.6: 512 and 364)
-        (256, ANY, Tile(32, 64, 32, 64, **_ALL_4)),
+        (256, ANY, Tile(32, 64, 32, 64, **_BACKWARD_4)),
     ),
 }
 ARCHITECTURES = tuple(_HALF)
 
 # Ahead of these rows where no backward pass follows: of states, which are most of what scan moves,
 # blocks of 128 tokens move half. Scan and retrieve; recall, alike in both, takes the rows above.
-# Up to D 128 in chunks of 16, training in such blocks spills at most 200 bytes, forward alone at D
-# 128 at most 32: `benchmarks.machine_code.tune` finds whether that costs more than it saves.
 _FORWARD: dict[str, tuple[tuple[int, int, Tile], ...]] = {
     "sm_80": (),
     "sm_90": (
-        # 221 (3.6: 255), 254; chunks of 64: 233
-        (64, 64, Tile(128, 64, 64, 64, scan=_8, retrieve=_8)),
+        # As in training: blocks of 128 take a fifth more instructions.
+        (64, ANY, Tile(64, 64, 64, 64, recall=_4x2, **_BACKWARD_4)),
+        # As many instructions as in blocks of 64.
+        (128, 32, Tile(128, 128, 64, 128, scan=_8, retrieve=_8, recall=_8)),
+        # Fewer.
+        (128, 64, Tile(128, 128, 64, 128, scan=_8, retrieve=_8, recall=_8)),
     ),
     "sm_100": (
         # 196, 162; chunks of 64: 236
