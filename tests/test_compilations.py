@@ -8,10 +8,10 @@ import sys
 import pytest
 
 LENGTHS = (1, 7, 16, 24, 33, 64, 100, 128, 200, 256, 500, 1024, 2000, 3000, 4096)
-# Blocks of a call are no longer than its longest sequence: of 16, 32, 64 and, forward only, 128.
+# Blocks of a call are no longer than its longest sequence: of 16, 32 and 64.
 # Forward has coefficients, scan, retrieve; in training these, and eight kernels of the backward
 # pass, which runs the same three again and keeps more of them.
-KERNELS = {False: 4 * 3, True: 3 * (3 + 8)}
+KERNELS = {False: 3 * 3, True: 3 * (3 + 8)}
 
 COUNT = """
 import json, sys
