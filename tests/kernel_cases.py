@@ -32,6 +32,7 @@ class Case:
     residual: bool = True
     activation: str = "gelu_tanh"
     per_layer: bool = False  # gates
+    read: str = "token"  # what queries read
     tile: tuple[int, ...] = (16, 16)  # block, slice, queries, rows
     group: int | None = None  # blocks of a sequence at a time; None: as many as fit into 2,048
     lengths: tuple[int, ...] | None = None  # of packed sequences, T in all
@@ -60,6 +61,7 @@ def inputs_of(case):
         chosen = torch.rand(inputs[name].shape, generator=generator) < share
         inputs[name].masked_fill_(chosen, value)
     options = {"activation": case.activation, "residual": case.residual, "chunk_size": case.chunk}
+    options |= {"read": case.read}
     if case.past is not None:
         behind = make(1, sum(case.past), lengths=case.past)
         _, state = reference.neural_memory(**behind, **options, output_final_state=True)
@@ -173,6 +175,22 @@ def _depths():
     yield _named(Case("", 20, 5, 3, activation="silu", gates={"alpha": (1.0, 0.3)}), "layers")
 
 
+def _starts():
+    """Queries that read what their chunk starts with: chunks in a block, and over several."""
+    turn = random.Random(1)
+    for chunk, depth, group in product((1, 5, 16, 20, 40), (1, 2), (None, 1)):
+        T, past = (20, None) if chunk == 1 else (50, turn.choice((None, (chunk // 2 + 3,))))
+        case = Case("", T, chunk, depth, group=group, past=past, per_layer=turn.random() < 0.5)
+        case = replace(case, read="chunk", norm=turn.random() < 0.5, residual=turn.random() < 0.5)
+        yield _named(case, f"starts, chunk {chunk}")
+    packed = Case("", 60, 20, lengths=(33, 0, 27), past=(0, 9, 25), read="chunk", H=2, group=1)
+    yield from (_named(replace(packed, chunk=n), f"starts, packed, chunk {n}") for n in (5, 40))
+    yield _named(Case("", 40, 5, 3, read="chunk", past=(7,)), "starts, layers")
+    yield _named(Case("", 40, 20, 4, read="chunk", past=(7,), per_layer=True), "starts, layers")
+    tile = (64, 32, 32, 16)
+    yield _named(Case("", 80, 16, D=48, read="chunk", past=(9,), tile=tile), "starts, D 48")
+
+
 def _gates():
     """Gates at their bounds, in blocks of several chunks and in chunks of several blocks."""
     bounds = {
@@ -227,4 +245,13 @@ def _states():
     yield Case("chunk that no sequence reaches", chunk=2**16, group=2)
 
 
-CASES = [*_sizes(), *_networks(), *_shapes(), *_depths(), *_gates(), *_groups(), *_states()]
+CASES = [
+    *_sizes(),
+    *_networks(),
+    *_shapes(),
+    *_depths(),
+    *_starts(),
+    *_gates(),
+    *_groups(),
+    *_states(),
+]

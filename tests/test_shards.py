@@ -83,6 +83,16 @@ def test_a_shard_that_had_begun_goes_on(case):
     _check(chunk, reset, T, "token", True, "torch", **options)
 
 
+ON_TRITON = ("does not divide", "undercuts the chunk", "depth 1, gates per layer", "packed")
+
+
+@pytest.mark.parametrize("case", ON_TRITON)
+@pytest.mark.parametrize("read", ["token", "chunk"])
+def test_the_reference_agrees_on_triton(case, read):
+    chunk, reset, T, options = CASES[case]
+    _check(chunk, reset, T, read, True, "triton", **options)
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 70])
 @pytest.mark.parametrize("begun", [False, True], ids=["fresh", "continued"])
 def test_reading_at_the_start_of_a_chunk_without_resets(chunk, begun):
@@ -210,7 +220,6 @@ _ERRORS = [
     ({"reset_every": True}, TypeError, "reset_every: got True, takes an int"),
     ({"reset_every": 2.0}, TypeError, "reset_every: got 2.0, takes an int"),
     ({"read": "block"}, ValueError, "read: got 'block', takes one of 'token', 'chunk'"),
-    ({"read": "chunk", "backend": "triton"}, NotImplementedError, "read = 'token'; got 'chunk'"),
 ]
 
 

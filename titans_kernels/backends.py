@@ -16,7 +16,7 @@ OLDEST_TRITON = 3, 5  # tl.range takes disable_licm from there on
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose(backend: str, tokens: Tensor, matrices: Sequence[Tensor], read: str = "token") -> str:
+def choose(backend: str, tokens: Tensor, matrices: Sequence[Tensor]) -> str:
     """ "torch", "triton" or "auto", for tokens [M, H, D] and matrices [N, H, d_in, d_out].
 
     One that is named never falls back to another. "auto" is kept only where Triton covers the case:
@@ -25,7 +25,7 @@ def choose(backend: str, tokens: Tensor, matrices: Sequence[Tensor], read: str =
     checks.choice("backend", backend, checks.BACKENDS)
     if backend == "torch" or (backend == "auto" and selfcheck.mode() == "torch"):
         return "torch"
-    takes = "read = 'token'; got 'chunk'" if read == "chunk" else _uncovered(tokens, matrices)
+    takes = _uncovered(tokens, matrices)
     if takes is None:
         return backend
     if backend == "auto":

@@ -176,7 +176,7 @@ def neural_memory(
     packed, longest = pack(
         q, k, v, (theta, alpha, eta), tuple(weights), norm, initial_state, cu_seqlens
     )
-    chosen = choose(backend, packed.k, packed.weights, read)
+    chosen = choose(backend, packed.k, packed.weights)
     options = Options(activation, residual, read)
     moves = initial_state is None or ends_chunk(initial_state, q.shape[1], cu_seqlens)
     in_chunks = initial_state is not None and one_each(q, cu_seqlens)

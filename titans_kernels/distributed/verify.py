@@ -77,8 +77,7 @@ def _table(device: str, backends: tuple[str, ...]) -> int:
             exact = None
             for dtype in DTYPES:
                 for backend in backends:
-                    exact_or_tnt = dtype == torch.float64 or name == "TitansTNT"
-                    if exact_or_tnt and backend == "triton":  # it takes neither
+                    if dtype == torch.float64 and backend == "triton":  # which takes none on a GPU
                         continue
                     exact = exact or _read(make(torch.float64), _tokens(mesh, torch.float64))
                     row, good = _compare(name, make, mesh, dtype, backend, exact)

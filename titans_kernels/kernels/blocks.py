@@ -43,6 +43,34 @@ def start_row(o_t, sizes):
 
 
 @triton.jit
+def query_row(o_t, sizes):
+    """The row of coefficients that a query reads with."""
+    return o_t if sizes.READ == "token" else start_row(o_t, sizes)
+
+
+@triton.jit
+def start_block(i_n, i_block, i_h, group, blocks, sizes):
+    """Whose state a chunk starts with: slot and head, and the block, negative in earlier groups."""
+    begun = i_block
+    if sizes.SPAN > 1:
+        begun = i_block - (group + i_block) % sizes.SPAN
+    return (i_n * blocks + begun) * sizes.H + i_h, begun
+
+
+@triton.jit
+def start_state(layer, start, i_s, i_l: tl.constexpr, sizes):
+    """The state, rounded, that a chunk starts with; of one over blocks no share of momentum."""
+    i_w, begun = start
+    o = sizes.WIDTHS[i_l] * sizes.WIDTHS[i_l + 1]
+    p_W, p_S = layer.W + i_w * o, layer.S + i_w * o
+    if sizes.SPAN > 1:
+        if begun < 0:
+            p_W = layer.W_anchor + i_s * o
+        p_S = p_W
+    return p_W, p_S
+
+
+@triton.jit
 def history(coefficient, i_b, row, m_p, i_l: tl.constexpr, sizes):
     """-G of a row: how much of each earlier token's update a state still holds, [BT]."""
     o = ((i_b * sizes.L + sizes.GATES[i_l]) * sizes.BT + row) * sizes.BT

@@ -20,7 +20,7 @@ and a reader (h, g) gives the rows of its history
 import triton
 import triton.language as tl
 
-from .blocks import history, weights_of
+from .blocks import history, start_state, weights_of
 from .network import curvature, error_backward, slope
 from .operands import dot, load, load_t, store_t
 
@@ -32,7 +32,7 @@ def chunk_backward(
     coefficient,
     grad,
     p_norm,  # [2, D]
-    place,  # sequence, block, whose state keys read, which of the group that is, tokens, [BT] mask
+    place,  # of the sequence, of the block, `start_block`, tokens, [BT] mask
     r,  # which chunk of the block
     ends,  # of loops: the hidden width, D
     sizes,
@@ -41,7 +41,7 @@ def chunk_backward(
     BT: tl.constexpr = sizes.BT
     OP: tl.constexpr = tokens[0].dtype.element_ty
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
-    _, i_b, _, _, count, m_i = place
+    _, i_b, _, count, m_i = place
     o_i, o_t, o_r = tl.arange(0, BT), tl.arange(0, sizes.BC), tl.arange(0, sizes.BR)
     o_c = r * sizes.CHUNK + o_t  # [BC], the chunk's rows of the block
     m_c = (o_t < sizes.CHUNK) & (o_c < count)
@@ -148,7 +148,7 @@ def errors_backward(b_s, layers, coefficient, grad, place, rows, ends, i_l: tl.c
     OP: tl.constexpr = layers[i_l].x.dtype.element_ty
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
     PRECISION: tl.constexpr = sizes.PRECISION
-    i_b = place[1]
+    i_s, i_b, start, _, _ = place
     row, o_c, m_c, m_p, m_l = rows
     m_o = m_p | m_l
     o_i, o_h, o_o = tl.arange(0, BT), tl.arange(0, BH), tl.arange(0, BO)
@@ -197,7 +197,7 @@ def errors_backward(b_s, layers, coefficient, grad, place, rows, ends, i_l: tl.c
     b_dd2 = tl.zeros([BT, BC], ACC)  # d by d
     tl.debug_barrier()
 
-    p_w, p_s = state_of(layers[i_l], place, i_l, sizes)
+    p_w, p_s = start_state(layers[i_l], start, i_s, i_l, sizes)
     for i in tl.range(0, out, BO, num_stages=1, disable_licm=True):
         m_r = i + o_o < OUT
         b_dd = load_t(p_dd, o_c, m_c, i + o_o, m_r, OUT)  # [BO, BC]
@@ -230,7 +230,7 @@ def output_backward(tokens, layers, grad, p_norm, place, rows, sizes):
     D: tl.constexpr = sizes.D
     LAST: tl.constexpr = sizes.DEPTH - 1
     p_k, p_v, p_dv = tokens
-    i_s, i_b, _, _, _, _ = place
+    i_s, i_b, _, _, _ = place
     _, o_c, m_c, _, _ = rows
     o_d = tl.arange(0, sizes.BD)
     m_d, o_b = o_d < D, i_b * sizes.BT * D
@@ -272,7 +272,7 @@ def products_backward(kept, layers, coefficient, grad, place, rows, ends, i_l: t
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
     PRECISION: tl.constexpr = sizes.PRECISION
     b_gx, b_xx, b_gdd, b_dG, b_da, b_dc = kept
-    i_b = place[1]
+    i_s, i_b, start, _, _ = place
     row, o_c, m_c, m_p, m_l = rows
     m_o = m_p | m_l
     o_i, o_h, o_o = tl.arange(0, BT), tl.arange(0, BH), tl.arange(0, BO)
@@ -297,7 +297,7 @@ def products_backward(kept, layers, coefficient, grad, place, rows, ends, i_l: t
     b_ggd = (b_gx * b_gd).to(OP)
     b_pa = tl.zeros([BH, BC], ACC)
     b_pc = tl.zeros([BH, BC], ACC)
-    p_w, p_s = state_of(layers[i_l], place, i_l, sizes)
+    p_w, p_s = start_state(layers[i_l], start, i_s, i_l, sizes)
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
         m_h = j + o_h < HIDDEN
         b_w = tl.zeros([BH, BC], ACC)
@@ -323,17 +323,3 @@ def products_backward(kept, layers, coefficient, grad, place, rows, ends, i_l: t
         b_dz += b_dx * slope(b_z, sizes.ACTIVATION)
         store_t(p_below, b_dz, o_c, m_c, j + o_h, m_h, HIDDEN)
     return tl.sum(b_da + tl.sum(b_pa, 0), 0), tl.sum(b_dc + tl.sum(b_pc, 0), 0), b_dG
-
-
-@triton.jit
-def state_of(layer, place, i_l: tl.constexpr, sizes):
-    """The state that the chunk read; where it spans blocks there is no share of its momentum."""
-    i_s, i_b, i_w, begun, _, _ = place
-    o = sizes.WIDTHS[i_l] * sizes.WIDTHS[i_l + 1]
-    if sizes.SPAN == 1:
-        return layer.W + i_b * o, layer.S + i_b * o
-    else:
-        p_w = layer.W_anchor + i_s * o
-        if begun >= 0:
-            p_w = layer.W + i_w * o
-        return p_w, p_w

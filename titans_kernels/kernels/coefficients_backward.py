@@ -25,6 +25,7 @@ def coefficients_backward_kernel(
     token_grad,  # TokenGrad: theta, alpha and eta are written
     group,
     sizes,  # BlockSizes
+    READ: tl.constexpr,  # "chunk": of any layer, queries read with rows that keys read with
 ):
     H: tl.constexpr = sizes.H
     L: tl.constexpr = sizes.L
@@ -48,9 +49,10 @@ def coefficients_backward_kernel(
     p_dc = grad.c + i_g * BT
     p_dG = grad.G + i_g * BT * BT
     p_dend = grad.end + i_g * (4 + 2 * BT)
-    p_da_key = grad.a_key + i_b * BT
-    p_dc_key = grad.c_key + i_b * BT
-    p_dG_key = grad.G_key + i_b * BT * BT
+    i_key = i_g if READ == "chunk" else i_b
+    p_da_key = grad.a_key + i_key * BT
+    p_dc_key = grad.c_key + i_key * BT
+    p_dG_key = grad.G_key + i_key * BT * BT
 
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
     da = tl.full([], 0.0, ACC)
@@ -81,7 +83,7 @@ def coefficients_backward_kernel(
                     da_key = tl.full([], 0.0, ACC)
                     dc_key = tl.full([], 0.0, ACC)
                     b_dG_key = tl.zeros([BT], ACC)
-                if (t >= CHUNK) & (i_l == 0):
+                if (t >= CHUNK) & ((i_l == 0) | (READ == "chunk")):
                     da_key += tl.load(p_da_key + t)
                     dc_key += tl.load(p_dc_key + t)
                     m = o_t < t // CHUNK * CHUNK

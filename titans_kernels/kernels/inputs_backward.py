@@ -15,7 +15,7 @@ Grid: (sequences, blocks, heads), everything parallel.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, query_of, start_row
+from .blocks import block_of, query_of, query_row, start_block, start_row, start_state
 from .operands import dot, load, load_t, store, store_t
 from .retrieve_backward import add_rows, errors_backward
 
@@ -28,8 +28,8 @@ def inputs_backward_kernel(
     layers,  # Layers: the anchor is that of a chunk begun in an earlier group, rounded
     query_layers,  # QueryLayers: z is its gradient
     grad,  # Grad: token.q and of the first layer x and d; with KEYS, x is added to token.k.
-    # Of coefficients a, c, G are written (or added to: those that the last layer shares); with
-    # KEYS a_key, c_key, G_key
+    # Of coefficients a, c, G are written or, with KEYS and where queries read as keys do, a_key,
+    # c_key, G_key: added to what others have in them
     group,
     hidden,
     width,  # D
@@ -44,7 +44,8 @@ def inputs_backward_kernel(
     BH: tl.constexpr = sizes.BH
     W: tl.constexpr = D * HIDDEN
     PRECISION: tl.constexpr = sizes.PRECISION
-    SHARED: tl.constexpr = (not KEYS) and (sizes.L == 1 and sizes.DEPTH > 1)
+    STARTS: tl.constexpr = KEYS or sizes.READ == "chunk"  # they read what their chunk starts with
+    SHARED: tl.constexpr = sizes.READ == "chunk" if KEYS else (sizes.L == 1 and sizes.DEPTH > 1)
     KNOWN: tl.constexpr = (not KEYS) and sizes.DEPTH == 1  # a and c: from unrounded products
     OP: tl.constexpr = token.k.dtype.element_ty
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
@@ -57,31 +58,30 @@ def inputs_backward_kernel(
     m_t = o_t < count
     i_b = (i_n * blocks + i_block) * H + i_h
     i_a = i_b * sizes.L * BT
-    p_w, p_s = layers[0].W + i_b * W, layers[0].S + i_b * W
+    if STARTS:
+        i_s, start = i_n * H + i_h, start_block(i_n, i_block, i_h, group, blocks, sizes)
+        p_w, p_s = start_state(layers[0], start, i_s, 0, sizes)
+        i_da = i_a if sizes.READ == "chunk" else i_b * BT
+        p_da, p_dc = grad.coefficient.a_key + i_da, grad.coefficient.c_key + i_da
+        p_dG = grad.coefficient.G_key + i_da * BT
+    else:
+        p_w, p_s = layers[0].W + i_b * W, layers[0].S + i_b * W
+        p_da, p_dc = grad.coefficient.a + i_a, grad.coefficient.c + i_a
+        p_dG = grad.coefficient.G + i_a * BT
     p_k = token.k + (first * H + i_h) * D
     p_d = layers[0].d + i_b * BT * HIDDEN
     p_dx = grad.layers[0].x + i_b * BT * D
     p_dd = grad.layers[0].d + i_b * BT * HIDDEN
     if KEYS:
         m_h, o_row = m_t, start_row(o_t, sizes)
-        if sizes.SPAN > 1:
-            begun = i_block - (group + i_block) % sizes.SPAN
-            p_w = layers[0].W_anchor + (i_n * H + i_h) * W
-            if begun >= 0:
-                p_w = layers[0].W + ((i_n * blocks + begun) * H + i_h) * W
-            p_s = p_w  # there is no share of its momentum
         p_h, p_dh = p_k, grad.token.k + (first * H + i_h) * D
         p_g = p_dd
-        p_da, p_dc = grad.coefficient.a_key + i_b * BT, grad.coefficient.c_key + i_b * BT
-        p_dG = grad.coefficient.G_key + i_b * BT * BT
     else:
         i_q, before = query_of(token, i_n, first)
-        m_h, o_row = m_t & (before + o_t >= 0), o_t
+        m_h, o_row = m_t & (before + o_t >= 0), query_row(o_t, sizes)
         o_q = (i_q * H + i_h) * D
         p_h, p_do, p_dh = query.q + o_q, query.o + o_q, grad.token.q + o_q
         p_g = query_layers[0].z + i_b * BT * HIDDEN
-        p_da, p_dc = grad.coefficient.a + i_a, grad.coefficient.c + i_a
-        p_dG = grad.coefficient.G + i_a * BT
     m_G = m_t[None, :] & (o_t[:, None] <= o_row[None, :])
 
     # [BT, BT] tiles are keys by tokens.

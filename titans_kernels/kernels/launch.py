@@ -24,6 +24,7 @@ class Problem(NamedTuple):
     blocks: Blocks
     activation: str
     residual: bool
+    read: str  # of queries: "token" or "chunk"
     norm: Tensor | None  # [H, 2, D]
     tile: Tile
 
@@ -38,6 +39,8 @@ class Problem(NamedTuple):
         BC = max(16, triton.next_power_of_2(chunk))
         gates = tuple(i_l if token.theta.shape[2] > 1 else 0 for i_l in range(depth))
         rest = fixed(BC=BC, BQ=self.tile.queries, GATES=gates)
+        history = self.read == "token" or self.blocks.chunks > 1
+        rest |= fixed(READ=self.read, HISTORY=history)
         return Sizes(**self._rows(token), **rest, **network)
 
     def _rows(self, token: Tokens) -> dict[str, Any]:
@@ -120,7 +123,7 @@ class Scratch(NamedTuple):
         return self._replace(layers=tuple(layers))
 
     def read_from(self, anchor: Sequence[Tensor]) -> Scratch:
-        """For the backward pass: what a chunk begun in an earlier group began with, rounded."""
+        """For readers: what a chunk begun in an earlier group began with, rounded."""
         depth = len(self.layers)
         layers = (
             layer._replace(W_anchor=anchor[i_l], S_anchor=anchor[depth + i_l])
@@ -249,7 +252,8 @@ def recall(
     o, blocks = torch.empty_like(q), triton.cdiv(longest, tile.block)
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     network = network_sizes(q, hidden, depth, tile, activation, residual, norm)
-    rows = fixed(H=H, L=1, CHUNK=1, TOKENS=1, SPAN=1, BT=tile.block, BC=16, BQ=16, GATES=())
+    rows = fixed(H=H, L=1, CHUNK=1, TOKENS=1, SPAN=1, BT=tile.block, BC=16, BQ=16)
+    rest = fixed(GATES=(), READ="token", HISTORY=False)
     if N * blocks:
         recall_kernel[(N * blocks, H)](
             p_q=q,
@@ -262,7 +266,7 @@ def recall(
             p_cu=cu,
             blocks=blocks,
             hidden=hidden,
-            sizes=Sizes(**rows, **network),
+            sizes=Sizes(**rows, **rest, **network),
             **tile.recall.options(),
         )
     return o

@@ -16,7 +16,11 @@ from .scan_backward import scan_backward_kernel
 
 
 def allocate(
-    scratch: Scratch, token: TokenGrad, state: Sequence[Tensor], anchor: Sequence[Tensor]
+    scratch: Scratch,
+    token: TokenGrad,
+    state: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    read: str = "token",
 ) -> Grad:
     """Gradients of a group beside those of tokens and of the running state, which go on in place.
 
@@ -26,15 +30,11 @@ def allocate(
     a, c, G, end = scratch.coefficient[:4]
     depth, new = len(scratch.layers), torch.empty_like
     H, D = a.shape[1], scratch.layers[-1].d.shape[-1]
-    coefficient = CoefficientGrad(
-        a=new(a),
-        c=new(c),
-        G=new(G),
-        end=new(end),
-        a_key=new(a[:, :, 0]),
-        c_key=new(c[:, :, 0]),
-        G_key=new(G[:, :, 0]),
-    )
+    if read == "token":
+        keys = new(a[:, :, 0]), new(c[:, :, 0]), new(G[:, :, 0])
+    else:
+        keys = new(a), new(c), new(G)
+    coefficient = CoefficientGrad(new(a), new(c), new(G), new(end), *keys)
     layers = []
     for i_l, layer in enumerate(scratch.layers):
         layers.append(
@@ -77,6 +77,9 @@ def scan_backward(
 ) -> None:
     """Walk back over one group."""
     N, H, D = len(token.bounds), *token.k.shape[1:]
+    if problem.read == "chunk":  # else there is what queries give
+        for rows in grad.coefficient[:3]:
+            rows.zero_()
     scan_backward_kernel[(N, H)](
         token=token,
         query=query,
@@ -132,5 +135,6 @@ def coefficients_backward(
         token_grad=grad.token,
         group=first_block,
         sizes=problem.block_sizes(token),
+        READ=problem.read,
         **problem.tile.coefficients.options(),
     )

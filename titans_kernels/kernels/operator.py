@@ -101,7 +101,7 @@ class Plan(NamedTuple):
             for n in range(1, intervals.blocks + 1)
             if intervals.blocks % n == 0 and (n >= wanted or n == intervals.blocks)
         )
-        problem = Problem(chunk_size, blocks, *options[:2], packed.norm, size)
+        problem = Problem(chunk_size, blocks, *options, packed.norm, size)
         tokens = Tokens(*packed.tokens(), packed.bounds, packed.tail, packed.query_start)
         return cls(problem, group, intervals, most, tokens)
 
@@ -146,6 +146,8 @@ def forward(
     # Running state, and that of the last whole chunk: another where a chunk spans blocks.
     running = [_copy(x) for x in (*packed.weights, *packed.momentum)]
     anchor = running if problem.blocks.span == 1 else [x.clone() for x in running]
+    # Queries read what a chunk over several blocks started with.
+    started = problem.read == "chunk" and problem.blocks.span > 1
     o = torch.empty_like(packed.q)
     if running[0].numel() and len(tokens.k):
         scratch = launch.allocate(tokens, running[:depth], problem, plan.group)
@@ -157,8 +159,10 @@ def forward(
                 for table, state in zip(kept, states, strict=True):
                     table.index_copy_(0, rows, state)
             group = scratch.at(running, anchor)
+            before = _rounded(anchor, packed.q) if started else []
             launch.coefficients(tokens, group, first, problem)
             launch.scan(tokens, group, first, problem)
+            group = group.read_from(before) if started else group
             if len(o):
                 launch.retrieve(query, tokens, group, first, problem)
     return o, anchor if final else []
@@ -169,6 +173,10 @@ _DENSE = torch.contiguous_format
 
 def _copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=_DENSE)
+
+
+def _rounded(states: list[Tensor], q: Tensor) -> list[Tensor]:
+    return [x.to(q.dtype, copy=True) for x in states]
 
 
 def backward(
@@ -202,16 +210,16 @@ def backward(
 
     if dstate[0].numel() and len(tokens.k):
         scratch = launch.allocate(tokens, dstate[:depth], problem, plan.group, keep=True)
-        grad = launch_backward.allocate(scratch, dtokens, dstate, danchor)
+        grad = launch_backward.allocate(scratch, dtokens, dstate, danchor, problem.read)
         query = Queries(packed.q, do, scratch.parts)
         for start in reversed(range(0, plan.most, plan.intervals.blocks)):
             for first, states in reversed(_starts(plan, packed, kept, start, scratch)):
-                before = [x.to(packed.q.dtype, copy=True) for x in states[1]]
+                before = _rounded(states[1], packed.q)
                 group = scratch.at(*states)
                 launch.coefficients(tokens, group, first, problem)
                 launch.scan(tokens, group, first, problem)
-                launch.retrieve(query, tokens, group, first, problem)
                 group = group.read_from(before)
+                launch.retrieve(query, tokens, group, first, problem)
                 at = (query, tokens, group, grad, first, problem)
                 launch_backward.retrieve_backward(*at)
                 launch_backward.inputs_backward(*at, keys=False)

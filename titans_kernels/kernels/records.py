@@ -81,9 +81,9 @@ class CoefficientGrad(NamedTuple):
     c: Tensor
     G: Tensor  # [slots, H, L, BT, BT]
     end: Tensor  # [slots, H, L, 4 + 2 BT]
-    a_key: Tensor  # [slots, H, BT], of what keys read the first layer with
-    c_key: Tensor
-    G_key: Tensor  # [slots, H, BT, BT]
+    a_key: Tensor  # [slots, H, BT], of what keys read the first layer with; [slots, H, L, BT] where
+    c_key: Tensor  # queries read as they do, any layer
+    G_key: Tensor  # [slots, H, BT, BT] or [slots, H, L, BT, BT]
 
 
 class TokenGrad(NamedTuple):
@@ -136,6 +136,8 @@ class Sizes(NamedTuple):
     ACTIVATION: tl.constexpr
     HAS_NORM: tl.constexpr
     RESIDUAL: tl.constexpr
+    READ: tl.constexpr  # "token": queries read the state right after their token; "chunk": as keys
+    HISTORY: tl.constexpr  # queries read tokens of their own block; else W alone
     PRECISION: tl.constexpr  # of products of float32
     WIDTHS: tuple[tl.constexpr, ...]  # of layers: into the first, out of each
     GATES: tuple[tl.constexpr, ...]  # of layers: theirs among L

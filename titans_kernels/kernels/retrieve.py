@@ -11,7 +11,7 @@ states, inputs and errors that `scan` left.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, query_of
+from .blocks import block_of, query_of, query_row, start_block, start_state
 from .network import activate, head
 from .operands import dot, load, load_t, store_t
 
@@ -53,16 +53,16 @@ def retrieve_kernel(
     p_d = layers[LAST].d + i_b * BT * D
     b_q = load_t(p_q, o_q, m_q, o_d, m_d, H * D)  # [BD, BQ]
     b_k = load(p_k, o_t, m_t, o_d, m_d, H * D)  # [BT, BD]
-    o_a = i_b * sizes.L * BT
-    b_a, b_c = tl.load(coefficient.a + o_a + o_q), tl.load(coefficient.c + o_a + o_q)
-    b_G = tl.load(coefficient.G + o_a * BT + o_q[None, :] * BT + o_t[:, None])  # [BT, BQ]
+    o_row = query_row(o_q, sizes)
+    b_a, b_c, b_G = rows_of(coefficient, i_b * sizes.L, o_row, sizes, "")
     b_s = (-b_G * dot(b_k, b_q, None, sizes.PRECISION)).to(OP)  # [BT, BQ]
 
-    place = (i_b, o_q, count)
+    start = start_block(i_n, i_block, i_h, group, tl.num_programs(1), sizes)
+    place = (i_n * H + i_h, i_b, start, o_q, count)
     b_W = tl.zeros([sizes.BD, BQ], ACC)
     b_S = tl.zeros([sizes.BD, BQ], ACC)
     if LAST == 0:
-        b_W, b_S = only_layer(p_q, layers[0], b_W, b_S, i_b, o_q, m_q, hidden, sizes)
+        b_W, b_S = only_layer(p_q, layers[0], b_W, b_S, place, m_q, hidden, sizes)
     else:
         for i_l in tl.static_range(LAST):
             kept = (query_layers[i_l], query_layers[i_l + 1])
@@ -72,15 +72,13 @@ def retrieve_kernel(
             )
             # What G, a and c were loaded for first would fill registers all along. The modifier
             # only keeps the compiler from merging these loads with the first.
-            o_a = (i_b * sizes.L + sizes.GATES[i_l + 1]) * BT
-            p_G = coefficient.G + o_a * BT
-            b_G = tl.load(p_G + o_q[None, :] * BT + o_t[:, None], cache_modifier=".ca")
+            i_a = i_b * sizes.L + sizes.GATES[i_l + 1]
+            b_a, b_c, b_G = rows_of(coefficient, i_a, o_row, sizes, ".ca")
             b_s = (-b_G * b_xx).to(OP)
-            b_a = tl.load(coefficient.a + o_a + o_q, cache_modifier=".ca")
-            b_c = tl.load(coefficient.c + o_a + o_q, cache_modifier=".ca")
     b_d = load_t(p_d, o_t, m_t, o_d, m_d, D).to(OP)  # [BD, BT]
     b_y = b_a[None, :] * b_W + b_c[None, :] * b_S
-    b_y = dot(b_d, b_s, b_y, sizes.PRECISION)
+    if sizes.HISTORY:
+        b_y = dot(b_d, b_s, b_y, sizes.PRECISION)
 
     if KEEP:
         p_part = query.parts + 2 * i_b * BT * D
@@ -95,18 +93,47 @@ def retrieve_kernel(
 
 
 @triton.jit
-def only_layer(p_q, layer, b_W, b_S, i_b, o_q, m_q, hidden, sizes):
+def rows_of(coefficient, i_a, o_row, sizes, MODIFIER: tl.constexpr):
+    """a, c [BQ] and G [BT, BQ] of the rows that queries read with."""
+    BT: tl.constexpr = sizes.BT
+    p_a, p_c = coefficient.a + i_a * BT + o_row, coefficient.c + i_a * BT + o_row
+    p_G = coefficient.G + i_a * BT * BT + o_row[None, :] * BT + tl.arange(0, BT)[:, None]
+    if sizes.READ == "token":
+        b_a, b_c = tl.load(p_a, cache_modifier=MODIFIER), tl.load(p_c, cache_modifier=MODIFIER)
+        return b_a, b_c, tl.load(p_G, cache_modifier=MODIFIER)
+    else:
+        m = o_row >= 0
+        b_a = tl.load(p_a, mask=m, other=1.0, cache_modifier=MODIFIER)
+        b_c = tl.load(p_c, mask=m, other=0.0, cache_modifier=MODIFIER)
+        return b_a, b_c, tl.load(p_G, mask=m[None, :], other=0.0, cache_modifier=MODIFIER)
+
+
+@triton.jit
+def state_of(layer, place, i_l: tl.constexpr, sizes):
+    """The state that queries read, with a share of history: the block's, or their chunk's."""
+    i_s, i_b, start, _, _ = place
+    o = i_b * sizes.WIDTHS[i_l] * sizes.WIDTHS[i_l + 1]
+    p_W, p_S = layer.W + o, layer.S + o
+    if sizes.READ == "chunk":
+        p_W, p_S = start_state(layer, start, i_s, i_l, sizes)
+    return p_W, p_S
+
+
+@triton.jit
+def only_layer(p_q, layer, b_W, b_S, place, m_q, hidden, sizes):
     """Queries through W and S where there is one layer: its inputs come in slices too."""
     D: tl.constexpr = sizes.D
     o_d, o_h = tl.arange(0, sizes.BD), tl.arange(0, sizes.BH)
-    m_d, o_w = o_d < D, i_b * D * D
+    m_d, o_q = o_d < D, place[3]
+    p_W, p_S = state_of(layer, place, 0, sizes)
     for j in tl.range(0, hidden, sizes.BH, disable_licm=True):
         m_h = j + o_h < D
         b_x = load_t(p_q, o_q, m_q, j + o_h, m_h, sizes.H * D)  # [BH, BQ]
-        b_w = load_t(layer.W + o_w, j + o_h, m_h, o_d, m_d, D)  # [BD, BH]
+        b_w = load_t(p_W, j + o_h, m_h, o_d, m_d, D)  # [BD, BH]
         b_W = dot(b_w, b_x, b_W, sizes.PRECISION)
-        b_w = load_t(layer.S + o_w, j + o_h, m_h, o_d, m_d, D)
-        b_S = dot(b_w, b_x, b_S, sizes.PRECISION)
+        if sizes.HISTORY:
+            b_w = load_t(p_S, j + o_h, m_h, o_d, m_d, D)
+            b_S = dot(b_w, b_x, b_S, sizes.PRECISION)
     return b_W, b_S
 
 
@@ -118,7 +145,7 @@ def hidden_layer(
     above,  # the next layer
     kept,  # QueryLayers of the two
     far,  # [BD, BQ], what the last layer's W and S make of the queries
-    place,  # the block in the group, the queries' rows of it, its tokens
+    place,  # sequence, block, `start_block`, the queries' rows of the block, its tokens
     hidden,
     i_l: tl.constexpr,
     sizes,
@@ -128,7 +155,7 @@ def hidden_layer(
 
     That is keys' inputs by queries', [BT, BQ], and where it is the last `far`.
     """
-    i_b, o_q, count = place
+    _, i_b, _, o_q, count = place
     b_a, b_c, b_s = near
     b_W, b_S = far
     D: tl.constexpr = sizes.D
@@ -137,42 +164,48 @@ def hidden_layer(
     OP: tl.constexpr = b_q.dtype
     o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, sizes.BD), tl.arange(0, sizes.BH)
     m_t, m_d, m_r = o_t < count, o_d < D, o_q < count
-    o_b, o_w = i_b * BT * HIDDEN, i_b * sizes.WIDTHS[i_l] * HIDDEN
-    o_y = i_b * HIDDEN * sizes.WIDTHS[i_l + 2]
+    o_b = i_b * BT * HIDDEN
+    p_W, p_S = state_of(layer, place, i_l, sizes)
+    p_W_above, p_S_above = state_of(above, place, i_l + 1, sizes)
     b_xx = tl.zeros([BT, sizes.BQ], b_W.dtype)
     if i_l > 0:  # reads what the layer below stored
         tl.debug_barrier()
     for j in tl.range(0, hidden, sizes.BH, disable_licm=True):
         m_h = j + o_h < HIDDEN
         if i_l == 0:
-            b_w = load_t(layer.W + o_w, o_d, m_d, j + o_h, m_h, HIDDEN)  # [BH, BD]
+            b_w = load_t(p_W, o_d, m_d, j + o_h, m_h, HIDDEN)  # [BH, BD]
             b_z = b_a[None, :] * dot(b_w, b_q, None, sizes.PRECISION)  # [BH, BQ]
-            b_w = load_t(layer.S + o_w, o_d, m_d, j + o_h, m_h, HIDDEN)
-            b_z += b_c[None, :] * dot(b_w, b_q, None, sizes.PRECISION)
+            if sizes.HISTORY:
+                b_w = load_t(p_S, o_d, m_d, j + o_h, m_h, HIDDEN)
+                b_z += b_c[None, :] * dot(b_w, b_q, None, sizes.PRECISION)
         else:
             b_zW = tl.zeros([sizes.BH, sizes.BQ], b_W.dtype)
             b_zS = tl.zeros([sizes.BH, sizes.BQ], b_W.dtype)
             for i in tl.range(0, hidden, sizes.BH, num_stages=1, disable_licm=True):
                 m_i = i + o_h < HIDDEN
                 b_x = load_t(kept[0].h + o_b, o_q, m_r, i + o_h, m_i, HIDDEN)  # [BH, BQ]
-                b_w = load_t(layer.W + o_w, i + o_h, m_i, j + o_h, m_h, HIDDEN)  # [BH, BH]
+                b_w = load_t(p_W, i + o_h, m_i, j + o_h, m_h, HIDDEN)  # [BH, BH]
                 b_zW = dot(b_w, b_x, b_zW, sizes.PRECISION)
-                b_w = load_t(layer.S + o_w, i + o_h, m_i, j + o_h, m_h, HIDDEN)
-                b_zS = dot(b_w, b_x, b_zS, sizes.PRECISION)
+                if sizes.HISTORY:
+                    b_w = load_t(p_S, i + o_h, m_i, j + o_h, m_h, HIDDEN)
+                    b_zS = dot(b_w, b_x, b_zS, sizes.PRECISION)
             b_z = b_a[None, :] * b_zW + b_c[None, :] * b_zS
-        b_d = load_t(layer.d + o_b, o_t, m_t, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BT]
-        b_z = dot(b_d, b_s, b_z, sizes.PRECISION)
+        if sizes.HISTORY:
+            b_d = load_t(layer.d + o_b, o_t, m_t, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BT]
+            b_z = dot(b_d, b_s, b_z, sizes.PRECISION)
         b_h = activate(b_z, sizes.ACTIVATION).to(OP)
         if KEEP:
             store_t(kept[0].z + o_b, b_z, o_q, m_r, j + o_h, m_h, HIDDEN)
         if KEEP or i_l + 2 < sizes.DEPTH:
             store_t(kept[1].h + o_b, b_h, o_q, m_r, j + o_h, m_h, HIDDEN)
 
-        b_x = load(above.x + o_b, o_t, m_t, j + o_h, m_h, HIDDEN)  # [BT, BH]
-        b_xx = dot(b_x, b_h, b_xx, sizes.PRECISION)
+        if sizes.HISTORY:
+            b_x = load(above.x + o_b, o_t, m_t, j + o_h, m_h, HIDDEN)  # [BT, BH]
+            b_xx = dot(b_x, b_h, b_xx, sizes.PRECISION)
         if i_l + 2 == sizes.DEPTH:
-            b_w = load_t(above.W + o_y, j + o_h, m_h, o_d, m_d, D)  # [BD, BH]
+            b_w = load_t(p_W_above, j + o_h, m_h, o_d, m_d, D)  # [BD, BH]
             b_W = dot(b_w, b_h, b_W, sizes.PRECISION)
-            b_w = load_t(above.S + o_y, j + o_h, m_h, o_d, m_d, D)
-            b_S = dot(b_w, b_h, b_S, sizes.PRECISION)
+            if sizes.HISTORY:
+                b_w = load_t(p_S_above, j + o_h, m_h, o_d, m_d, D)
+                b_S = dot(b_w, b_h, b_S, sizes.PRECISION)
     return b_xx, b_W, b_S

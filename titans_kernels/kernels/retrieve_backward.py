@@ -17,7 +17,7 @@ every tensor of the scratch once.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, query_of
+from .blocks import block_of, query_of, query_row, start_block, start_state
 from .network import head_backward, slope
 from .operands import dot, load, load_t, store, store_t
 
@@ -54,6 +54,7 @@ def retrieve_backward_kernel(
         return
     i_q, before = query_of(token, i_n, first)
     m_q = m_t & (before + o_t >= 0)
+    start = start_block(i_n, i_block, i_h, group, tl.num_programs(1), sizes)
 
     p_y, p_part = query_layers[LAST].z + i_b * BT * D, query.parts + i_b * 2 * BT * D
     b_do = load_t(query.o + (i_q * H + i_h) * D, o_t, m_q, o_d, m_d, H * D)  # [BD, BT]
@@ -67,21 +68,22 @@ def retrieve_backward_kernel(
     # of x is, this would be rounding and little else.
     o_a = (i_b * sizes.L + sizes.GATES[LAST]) * BT
     b_part = load_t(p_part, o_t, m_t, o_d, m_d, D)
-    tl.store(grad.coefficient.a + o_a + o_t, tl.sum(b_dy * b_part, 0), mask=m_t)
+    p_da, p_dc, _ = rows_of(grad.coefficient, o_a, sizes)
+    tl.store(p_da + o_t, tl.sum(b_dy * b_part, 0), mask=m_t)
     b_part = load_t(p_part + BT * D, o_t, m_t, o_d, m_d, D)
-    tl.store(grad.coefficient.c + o_a + o_t, tl.sum(b_dy * b_part, 0), mask=m_t)
+    tl.store(p_dc + o_t, tl.sum(b_dy * b_part, 0), mask=m_t)
 
     for back in tl.static_range(LAST):
         tl.debug_barrier()
         layer, below = layers[LAST - back], query_layers[LAST - back - 1]
-        place = (query_layers[LAST - back], below, i_b, m_t)
+        place = (query_layers[LAST - back], below, i_n * H + i_h, i_b, start, m_t)
         layer_backward(layer, place, coefficient, grad, hidden, width, LAST - back, sizes)
 
 
 @triton.jit
 def layer_backward(
     layer,
-    place,  # QueryLayers of the layer and of the one before, the block in the group, its tokens
+    place,  # QueryLayers of it and of the layer before; sequence, block, `start_block`, tokens
     coefficient,
     grad,
     hidden,
@@ -90,7 +92,7 @@ def layer_backward(
     sizes,
 ):
     """A layer that is not the first: of its keys' inputs and errors, of the products below it."""
-    query_layer, below, i_b, m_t = place
+    query_layer, below, i_s, i_b, start, m_t = place
     HIDDEN: tl.constexpr = sizes.HIDDEN
     OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
     LAST: tl.constexpr = i_l + 1 == sizes.DEPTH
@@ -105,8 +107,12 @@ def layer_backward(
     p_x, p_h = layer.x + i_b * BT * HIDDEN, query_layer.h + i_b * BT * HIDDEN
     p_d, p_dz = layer.d + i_b * BT * OUT, query_layer.z + i_b * BT * OUT
     p_z = below.z + i_b * BT * HIDDEN
-    o_w = i_b * HIDDEN * OUT
     o_a = (i_b * sizes.L + sizes.GATES[i_l]) * BT
+    p_da, p_dc, p_dG = rows_of(grad.coefficient, o_a, sizes)
+    p_a, p_c, o_row = coefficient.a + o_a, coefficient.c + o_a, query_row(o_t, sizes)
+    p_W, p_S = layer.W + i_b * HIDDEN * OUT, layer.S + i_b * HIDDEN * OUT
+    if sizes.READ == "chunk":
+        p_W, p_S = start_state(layer, start, i_s, i_l, sizes)
 
     # [BT, BT] tiles are keys i by queries t.
     b_hx = tl.zeros([BT, BT], ACC)
@@ -122,19 +128,20 @@ def layer_backward(
         b_g = load_t(p_dz, o_t, m_t, i + o_o, m_o, OUT).to(OP)  # [BO, BT]
         b_gd = dot(b_d, b_g, b_gd, PRECISION)
     o_G, m_G = o_t[None, :] * BT + o_t[:, None], m_t[None, :] & m_t[:, None]
-    p_dG = grad.coefficient.G + o_a * BT
     b_dG = -b_hx * b_gd
     if sizes.L == 1 and not LAST:
         b_dG += tl.load(p_dG + o_G, mask=m_G, other=0.0)
         tl.debug_barrier()
     tl.store(p_dG + o_G, b_dG, mask=m_G)
-    b_G = -tl.load(coefficient.G + o_a * BT + o_G, mask=m_t[None, :], other=0.0)
+    m_G = m_t[None, :] & (o_row >= 0)[None, :]
+    p_G = coefficient.G + o_a * BT + o_row[None, :] * BT
+    b_G = -tl.load(p_G + o_t[:, None], mask=m_G, other=0.0)
     b_hx, b_gd = (b_G * b_hx).to(OP), (b_G * b_gd).to(OP)
     p_dd = grad.layers[i_l].d + i_b * BT * OUT
     errors_backward(b_hx, p_dz, p_dd, m_t, out, OUT, BO, sizes)
 
-    b_a = tl.load(coefficient.a + o_a + o_t, mask=m_t, other=0.0)
-    b_c = tl.load(coefficient.c + o_a + o_t, mask=m_t, other=0.0)
+    b_a = tl.load(p_a + o_row, mask=m_t & (o_row >= 0), other=1.0)
+    b_c = tl.load(p_c + o_row, mask=m_t & (o_row >= 0), other=0.0)
     b_da = tl.zeros([BT], ACC)
     b_dc = tl.zeros([BT], ACC)
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
@@ -144,9 +151,9 @@ def layer_backward(
         for i in tl.range(0, out, BO, num_stages=1, disable_licm=True):
             m_o = i + o_o < OUT
             b_g = load_t(p_dz, o_t, m_t, i + o_o, m_o, OUT).to(OP)  # [BO, BT]
-            b_w = load(layer.W + o_w, j + o_h, m_h, i + o_o, m_o, OUT)  # [BH, BO]
+            b_w = load(p_W, j + o_h, m_h, i + o_o, m_o, OUT)  # [BH, BO]
             b_gW = dot(b_w, b_g, b_gW, PRECISION)
-            b_w = load(layer.S + o_w, j + o_h, m_h, i + o_o, m_o, OUT)
+            b_w = load(p_S, j + o_h, m_h, i + o_o, m_o, OUT)
             b_gS = dot(b_w, b_g, b_gS, PRECISION)
         if not LAST:
             b_h = load_t(p_h, o_t, m_t, j + o_h, m_h, HIDDEN).to(ACC)  # [BH, BT]
@@ -161,8 +168,17 @@ def layer_backward(
         b_dx = dot(b_gd, b_h, None, PRECISION)
         store(grad.layers[i_l].x + i_b * BT * HIDDEN, b_dx, o_t, m_t, j + o_h, m_h, HIDDEN)
     if not LAST:
-        add_rows(grad.coefficient.a + o_a, b_da, o_t, m_t, sizes.L == 1)
-        add_rows(grad.coefficient.c + o_a, b_dc, o_t, m_t, sizes.L == 1)
+        add_rows(p_da, b_da, o_t, m_t, sizes.L == 1)
+        add_rows(p_dc, b_dc, o_t, m_t, sizes.L == 1)
+
+
+@triton.jit
+def rows_of(grad, o_a, sizes):
+    """Where gradients of what queries read with go: a, c [BT] and G [BT, BT]."""
+    if sizes.READ == "token":
+        return grad.a + o_a, grad.c + o_a, grad.G + o_a * sizes.BT
+    else:
+        return grad.a_key + o_a, grad.c_key + o_a, grad.G_key + o_a * sizes.BT
 
 
 @triton.jit

@@ -17,7 +17,7 @@ and what it holds then fills registers all along.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, query_of, start_row
+from .blocks import block_of, query_of, start_block, start_row
 from .chunk_backward import chunk_backward
 from .state_backward import advance_backward, hand_back
 
@@ -76,11 +76,8 @@ def scan_backward_kernel(
                     b_dP = tl.zeros([BT], ACC)
             tl.debug_barrier()
 
-            i_w, begun = i_b, i_block  # of the state that the block's keys read
-            if sizes.SPAN > 1:
-                begun = i_block - (group + i_block) % sizes.SPAN
-                i_w = (i_n * blocks + begun) * H + i_h
-            chunk_place = (i_s, i_b, i_w, begun, count, m_i)
+            start = start_block(i_n, i_block, i_h, group, blocks, sizes)
+            chunk_place = (i_s, i_b, start, count, m_i)
             tokens = (p_k, token.v + o_k, grad.token.v + o_k)
             chunks = tl.cdiv(count, sizes.CHUNK)  # with a token
             for rear in tl.range(0, chunks, num_stages=1, disable_licm=True):

@@ -129,12 +129,19 @@ def hand_back(tokens, layer, coefficient, grad, place, ends, i_l: tl.constexpr, 
             b_dp += tl.sum(b_s * b_ds, 0)
             b_ds = c * b_dw + p * b_ds
             b_dw = a * b_dw
-            b_dw, b_ds = add_readers(query, m_q, b_a, b_c, b_dw, b_ds, o_r, o_n, i_l, sizes, STRIDE)
+            if sizes.READ == "token":
+                b_dw, b_ds = add_readers(
+                    query, m_q, b_a, b_c, b_dw, b_ds, o_r, o_n, i_l, sizes, STRIDE
+                )
             b_wk, b_sk = b_dw, b_ds
             if sizes.SPAN > 1:
                 b_wk = tl.load(grad.W_anchor + o_s, mask=m, other=0.0)
                 b_sk = tl.load(grad.S_anchor + o_s, mask=m, other=0.0)
             b_wk, b_sk = add_readers(key, m_t, b_ak, b_ck, b_wk, b_sk, o_r, o_n, i_l, sizes, STRIDE)
+            if sizes.READ == "chunk":
+                b_wk, b_sk = add_readers(
+                    query, m_q, b_ak, b_ck, b_wk, b_sk, o_r, o_n, i_l, sizes, STRIDE
+                )
             if i_l > 0:
                 error = (grad.e + o_in, layer.d + o_out)
                 b_wk, b_sk = add_readers(
