@@ -1,4 +1,4 @@
-"""A process that is killed ends the others, by name, and the run goes on with fewer."""
+"""A process that is killed or hangs ends the others, by name, and the run goes on with fewer."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from titans_kernels.train.loop import Training
 from titans_kernels.train.processes import Processes
 
 ROOT = Path(__file__).parent.parent
+TIMEOUT = 20  # seconds, after which a process that hangs is lost; one that is killed is at once
 LONG = RUN | {"steps": 100_000, "checkpoint_every": 3, "evaluate_every": 100_000}
 
 
@@ -42,26 +43,34 @@ def _started(out, text, count, *words):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_others_and_the_run_goes_on_with_fewer(tmp_path):
+@pytest.mark.parametrize(
+    "how, lost, words",
+    [
+        (signal.SIGKILL, 1, "rank 1 of 2 is lost: no sign of life"),
+        (signal.SIGSTOP, 0, "rank 0 of 2 is lost: it keeps the store, which does not respond"),
+    ],
+    ids=["killed", "hangs"],
+)
+def test_a_lost_process_ends_the_others_and_the_run_goes_on_with_fewer(tmp_path, how, lost, words):
     (tmp_path / "text").mkdir()
     for i in range(16):
         (tmp_path / f"text/{i}.txt").write_bytes(bytes([65 + i, 32]) * 3000)
     out = tmp_path / "run"
-    killed, left = 1, 0
-    processes = _started(out, tmp_path / "text", 2, "mesh.length=2")
+    left = 1 - lost
+    processes = _started(out, tmp_path / "text", 2, "mesh.length=2", f"timeout={TIMEOUT}")
     try:
         until = time.monotonic() + 120
         while not (out / "checkpoints/step-00000006/manifest.json").exists():
             assert all(p.poll() is None for p in processes), processes[0].stderr.read()
             assert time.monotonic() < until
             time.sleep(0.1)
-        processes[killed].send_signal(signal.SIGKILL)
-        _, errors = processes[left].communicate(timeout=60)
+        processes[lost].send_signal(how)
+        _, errors = processes[left].communicate(timeout=TIMEOUT + 60)
     finally:
         for process in processes:
             process.kill()
     assert processes[left].returncode == 1
-    assert "RuntimeError: rank 1 of 2 is lost: no sign of life" in errors
+    assert f"RuntimeError: {words}" in errors
 
     found = sorted(path.name for path in (out / "checkpoints").glob("step-????????"))
     step = int(found[-1].removeprefix("step-"))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 EVERY = 1.0  # seconds between two signs
 PATIENCE = 5.0  # seconds without any after which a process is lost
+NO_STORE = {0: "it keeps the store, which does not respond"}
 
 
 class Signs:
@@ -57,13 +59,23 @@ class Signs:
 
     def lost(self) -> dict[int, str]:
         """The ranks that are lost, or have failed, and what is known of why."""
+        found: SimpleQueue[dict[int, str]] = SimpleQueue()
+
+        def look() -> None:
+            try:
+                before = self._signs()
+                time.sleep(PATIENCE)
+                silent = [r for r, sign in self._signs().items() if sign == before[r]]
+                found.put({r: self._why(r) for r in silent if r != self.rank})
+            except RuntimeError:
+                found.put(NO_STORE)
+
+        # A store whose process hangs never returns, whatever timeout it is given.
+        threading.Thread(target=look, daemon=True).start()
         try:
-            before = self._signs()
-            time.sleep(PATIENCE)
-            silent = [r for r, sign in self._signs().items() if sign == before[r]]
-            return {r: self._why(r) for r in silent if r != self.rank}
-        except RuntimeError:
-            return {0: "it kept the store, which is gone"}
+            return found.get(timeout=4 * PATIENCE)
+        except Empty:
+            return NO_STORE
 
     def _signs(self) -> dict[int, str]:
         names = [f"titans_kernels/sign/{rank}" for rank in range(self.count)]
