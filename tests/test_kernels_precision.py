@@ -283,9 +283,7 @@ def test_tf32_only_when_torch_says_so():
 
 NEW_SETTINGS = """
 import torch
-from titans_kernels.kernels.launch import network_options
-def precision():
-    return network_options(1, "relu", True, None)["PRECISION"]
+from titans_kernels.kernels.launch import precision
 def settled(value):
     assert precision() == value, (precision(), value)
 settled("ieee")

@@ -1,5 +1,7 @@
 """Training through the Triton kernels: the losses of the PyTorch backend, and few bytes a token."""
 
+import weakref
+from contextlib import ExitStack
 from itertools import accumulate
 from math import prod
 from unittest import mock
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 import triton
 from inputs import make_inputs
 from torch.profiler import ProfilerActivity, profile
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from yardstick import flat
 
 from titans_kernels import NeuralMemory, neural_memory
@@ -92,6 +96,66 @@ def test_a_long_sequence_keeps_few_states():
     longer, same = _planned(2 * T)
     assert longer <= 256 * 2 * T * H and same == scratch
     assert scratch <= 17 * 1024 * operator.GROUP * H  # bytes a token and head of one group
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of all tensors that are made inside, and the most of them at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(out):
+            if torch.is_tensor(x) and x.untyped_storage() not in self.seen:
+                self.add(x.untyped_storage())
+        return out
+
+    def add(self, storage):
+        self.seen[storage] = True
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self.free, storage.nbytes())
+
+    def free(self, count):
+        self.now -= count
+
+
+class _Nothing:
+    def __getitem__(self, grid):
+        return lambda **_: None
+
+
+def _most(B, T, H=16, D=64, hidden=256):
+    """Bytes of forward and backward together beyond inputs, outputs and gradients."""
+    options = Options("gelu_tanh", True)
+    with torch.device("meta"), ExitStack() as stack:
+        for module in (launch, launch_backward):
+            kernels = [name for name in vars(module) if name.endswith("_kernel")]
+            nothing = dict.fromkeys(kernels, _Nothing())
+            stack.enter_context(mock.patch.multiple(module, **nothing))
+        q, k, v = (torch.empty(B, T, H, D, dtype=torch.bfloat16) for _ in "qkv")
+        gates = tuple(torch.empty(B, T, H) for _ in "tae")
+        weights = torch.empty(H, D, hidden), torch.empty(H, hidden, D)
+        norm = torch.empty(H, D), torch.empty(H, D)
+        packed, longest = pack(q, k, v, gates, weights, norm, None, None)
+        live = stack.enter_context(_Live())
+        kept = [torch.empty(shape) for shape in operator.kept_shapes(packed, 16)]
+        o, state = operator.forward(packed, options, 16, longest, kept)
+        grads = operator.backward(packed, options, 16, longest, kept, o, state)
+        return live.most - _bytes([o, state, grads])
+
+
+def test_many_sequences_take_no_more_scratch_than_allowed(monkeypatch):
+    assert _most(32, 4096) <= 4 * 10**9
+    few = _most(1, 4096)
+    monkeypatch.setenv("TITANS_KERNELS_SCRATCH", "200")
+    assert _most(1, 4096) < few
+    monkeypatch.setenv("TITANS_KERNELS_SCRATCH", "2 GB")
+    with pytest.raises(ValueError, match="SCRATCH: got '2 GB', takes a whole number"):
+        operator.budget()
 
 
 def _peak(function):

@@ -74,20 +74,20 @@ def network_sizes(
         ACTIVATION=activation,
         HAS_NORM=norm is not None,
         RESIDUAL=residual,
-        PRECISION="tf32" if _tf32() else "ieee",
+        PRECISION=precision(),
         WIDTHS=(x.shape[-1], *[hidden] * (depth - 1), x.shape[-1]),
     )
 
 
-def _tf32() -> bool:
-    """Whether torch multiplies float32 matrices in TF32, by whichever of its settings was used.
+def precision() -> str:
+    """Of products of float32: "tf32" where torch uses it too, by whichever of its settings.
 
     Reading `allow_tf32` raises once `fp32_precision` is set; `fp32_precision` follows both.
     """
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):  # torch >= 2.9
-        return matmul.fp32_precision == "tf32"
-    return matmul.allow_tf32
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
 
 
 class Scratch(NamedTuple):

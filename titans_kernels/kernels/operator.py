@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from functools import lru_cache
+from itertools import pairwise
 from math import ceil
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..chunked.operator import retrieve_backward  # plain products, of any memory
 from ..packing import Options, Packed, Reading
@@ -18,6 +22,51 @@ from .tiles import Blocks, Tile, architecture, tile
 __all__ = ["backward", "forward", "kept_shapes", "retrieve", "retrieve_backward"]
 
 GROUP = 2048  # tokens of a sequence whose scratch is held at a time
+
+
+def budget() -> int:
+    """Bytes that the scratch of a group may take, unless one block of every sequence takes more.
+
+    TITANS_KERNELS_SCRATCH in the environment has them in MiB; without it, 2,048.
+    """
+    value = os.environ.get("TITANS_KERNELS_SCRATCH", "2048")
+    if not value.isdecimal():
+        raise ValueError(f"TITANS_KERNELS_SCRATCH: got {value!r}, takes a whole number of MiB")
+    return int(value) * 2**20
+
+
+def _bytes_of_a_block(
+    tokens: Tokens, weights: list[Tensor], problem: Problem, backward: bool
+) -> int:
+    (H, D), L = tokens.k.shape[1:], tokens.theta.shape[2]
+    widths = D, *(w.shape[-1] for w in weights)
+    types = tokens.k.dtype, weights[0].dtype
+    return _counted(H, L, widths, types, problem._replace(norm=None), backward)
+
+
+@lru_cache
+def _counted(
+    H: int,
+    L: int,
+    widths: tuple[int, ...],
+    types: tuple[torch.dtype, torch.dtype],
+    problem: Problem,
+    backward: bool,
+) -> int:
+    """Of one block of one sequence, as launchers allocate it."""
+    with torch.device("meta"):
+        x, gate = torch.empty(1, H, widths[0], dtype=types[0]), torch.empty(1, H, L)
+        weights = [torch.empty(1, H, *size, dtype=types[1]) for size in pairwise(widths)]
+        one, row = torch.empty(1, 2), torch.empty(1)
+        token = Tokens(x, x, gate, gate, gate, one, row, row)
+        scratch = launch.allocate(token, weights, problem, 1, backward)
+        held: list[Any] = list(scratch)
+        if backward:
+            states = [*weights, *weights]
+            of_tokens = TokenGrad(x, x, x, gate, gate, gate)
+            grad = launch_backward.allocate(scratch, of_tokens, states, states, problem.read)
+            held += [grad.coefficient, [(y.x, y.d, y.e) for y in grad.layers], grad.norm]
+    return sum(y.nbytes for y in tree_leaves(held) if isinstance(y, Tensor))
 
 
 def _tile(q: Tensor, weights: list[Tensor], chunk_size: int = 16, backward: bool = True) -> Tile:
@@ -96,13 +145,12 @@ class Plan(NamedTuple):
         N = max(len(packed.tail), 1)
         total = ceil(len(packed.k) / blocks.tokens) + N  # blocks of all sequences, at most
         wanted = min(most, ceil(total / N))
-        group = next(
-            n
-            for n in range(1, intervals.blocks + 1)
-            if intervals.blocks % n == 0 and (n >= wanted or n == intervals.blocks)
-        )
         problem = Problem(chunk_size, blocks, *options, packed.norm, size)
         tokens = Tokens(*packed.tokens(), packed.bounds, packed.tail, packed.query_start)
+        room = budget() // (N * _bytes_of_a_block(tokens, packed.weights, problem, backward))
+        divisors = [n for n in range(1, intervals.blocks + 1) if intervals.blocks % n == 0]
+        enough = next((n for n in divisors if n >= wanted), divisors[-1])
+        group = max(n for n in divisors if n <= min(enough, max(room, 1)))
         return cls(problem, group, intervals, most, tokens)
 
     def kept_rows(self, first_block: int, rows: int) -> Tensor:

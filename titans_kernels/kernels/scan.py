@@ -43,7 +43,7 @@ def scan_kernel(
     p_norm += i_h * 2 * sizes.D
 
     for i_block in tl.range(0, blocks, num_stages=1, disable_licm=True):
-        first, count, _ = block_of(token, i_n, group + i_block, sizes)
+        first, count, learned = block_of(token, i_n, group + i_block, sizes)
         if count > 0:
             i_b = (i_n * blocks + i_block) * H + i_h
             o_k = (first * H + i_h) * sizes.D
@@ -58,14 +58,18 @@ def scan_kernel(
                 )
                 tl.debug_barrier()
 
-            more = i_block + 1 < blocks
+            # A block that is all open chunk, as in decoding, hands on the state it was given.
+            moves = learned > 0
+            more = (i_block + 1 < blocks) & moves
+            if KEEP:  # a state for every block of the group: that of the next group is not its own
+                moves = more
             whole = (sizes.SPAN > 1) & ((group + i_block + 1) % sizes.SPAN == 0)
             if sizes.SPAN > 1:  # the last block of a chunk that lacks tokens does not make it whole
                 whole = whole & (count == sizes.CHUNK - (sizes.SPAN - 1) * sizes.TOKENS)
             for i_l in tl.static_range(sizes.DEPTH):
                 o_end = (i_b * sizes.L + sizes.GATES[i_l]) * (4 + 2 * sizes.BT)
                 to = (coefficient.end + o_end, i_s, i_b, more, whole)
-                advance(p_k, layers[i_l], to, count, hidden, width, i_l, sizes, KEEP)
+                advance(p_k, layers[i_l], to, count, moves, hidden, width, i_l, sizes, KEEP)
             tl.debug_barrier()
 
 
@@ -322,6 +326,7 @@ def advance(
     layer,
     to,  # coefficients of the state handed on; the sequence, the block; whether there is a next
     count,  # block in the group, and whether this one makes its chunk whole
+    moves,  # bool: there is anything to do
     hidden,
     width,
     i_l: tl.constexpr,
@@ -335,12 +340,11 @@ def advance(
     BH: tl.constexpr = sizes.BH
     BU: tl.constexpr = sizes.BD if sizes.BD < 128 else 128
     SIDE: tl.constexpr = IN if i_l == 0 else OUT  # the one that BU divides
-    _, _, i_b, more, _ = to
+    i_b = to[2]
     o_i, o_u, o_h = tl.arange(0, BT), tl.arange(0, BU), tl.arange(0, BH)
     m_i = o_i < count
     p_x, p_d = layer.x + i_b * BT * IN, layer.d + i_b * BT * OUT
-    # With KEEP the group has a state for every block, and that of the next group is not its own.
-    until = (width if SIDE == sizes.D else hidden) if more | (not KEEP) else 0
+    until = (width if SIDE == sizes.D else hidden) if moves else 0
     for i in tl.range(0, until, BU, num_stages=1, disable_licm=True):
         m_u = i + o_u < SIDE
         if i_l == 0:
