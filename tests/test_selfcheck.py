@@ -120,11 +120,13 @@ def test_training_runs_what_was_checked(cache):
 # ------------------------------------------------------------------------------------ wrong kernels
 
 
-def _planted(monkeypatch, owner, name, change):
-    """Change the first tensor that a launcher writes, each time."""
+def _planted(monkeypatch, owner, name, change, **when):
+    """Change the first tensor that a launcher writes, each time it is called with `when`."""
     launcher = getattr(owner, name)
 
     def wrong(*args, **kwargs):
+        if when.items() - kwargs.items():
+            return launcher(*args, **kwargs)
         leaves = [x for x in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(x)]
         before = [x.clone() for x in leaves]
         result = launcher(*args, **kwargs)
@@ -144,13 +146,15 @@ def _scaled(x):
 
 
 PASSES = ("coefficients", "scan", "retrieve")
-BACKWARD = ("retrieve", "queries", "scan", "keys", "coefficients")
+BACKWARD = ("retrieve", "scan", "coefficients")
+ALL = [(name, {}) for name in (*PASSES, *(f"{name}_backward" for name in BACKWARD))]
+ALL += [("inputs_backward", {"keys": keys}) for keys in (False, True)]
 
 
-@pytest.mark.parametrize("name", [*PASSES, *(f"{name}_backward" for name in BACKWARD)])
-def test_a_pass_that_is_wrong_by_a_percent_is_found_out(monkeypatch, name):
+@pytest.mark.parametrize("name, when", ALL, ids=str)
+def test_a_pass_that_is_wrong_by_a_percent_is_found_out(monkeypatch, name, when):
     owner = operator.launch_backward if name.endswith("_backward") else operator.launch
-    _planted(monkeypatch, owner, name, _scaled)
+    _planted(monkeypatch, owner, name, _scaled, **when)
     configuration = _configuration(gradients=owner is operator.launch_backward)
     failure = check.check(configuration, H, torch.device("cpu"))
     assert failure is not None and failure.error > failure.bound
@@ -334,17 +338,21 @@ def test_another_value_of_the_variable_is_refused(monkeypatch):
         retrieve(**_reading())
 
 
-@pytest.mark.parametrize("case", ["six layers", "no interpreter", "read by chunk"])
+@pytest.mark.parametrize("case", ["six layers", "no interpreter"])
 def test_what_triton_does_not_cover_is_pytorch_at_once(monkeypatch, case):
     monkeypatch.setattr(decide, "check", mock.Mock(side_effect=AssertionError))
     if case == "no interpreter":
         monkeypatch.setenv("TRITON_INTERPRET", "0")
     with _watched() as ran:
-        if case == "read by chunk":
-            neural_memory(**_inputs(), read="chunk")
-        else:
-            retrieve(**_reading(depth=6 if case == "six layers" else 2))
+        retrieve(**_reading(depth=6 if case == "six layers" else 2))
     assert set(ran) == {"torch"}
+
+
+@pytest.mark.parametrize("read", ["token", "chunk"])
+def test_what_queries_read_is_a_configuration_of_its_own(cache, read):
+    with mock.patch.object(decide, "check", wraps=decide.check) as checked:
+        neural_memory(**_inputs(), read=read, backend="auto")
+    assert [call.args[0].read for call in checked.call_args_list] == [read]
 
 
 def test_every_length_is_checked_in_the_blocks_it_runs_in():

@@ -86,7 +86,7 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
 
 
 def _options(configuration: Configuration) -> Options:
-    return Options(configuration.activation, configuration.residual)
+    return Options(configuration.activation, configuration.residual, configuration.read)
 
 
 def _memory(backend: ModuleType, configuration: Configuration, x: Packed) -> Results:

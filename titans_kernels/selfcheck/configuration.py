@@ -35,6 +35,7 @@ class Configuration(NamedTuple):
     norm: bool
     activation: str
     residual: bool
+    read: str  # what queries read: "token" or "chunk"
     chunk_size: int
     tokens: int  # of the longest sequence, rounded up to a power of two
     gradients: bool
@@ -50,7 +51,8 @@ class Configuration(NamedTuple):
             *(_name(packed.q.dtype), ",".join(gates), _precision(packed.q.dtype)),
             *_network(packed.q, packed.weights),
             packed.theta.shape[-1] > 1,
-            *(packed.norm is not None, options.activation, options.residual),
+            packed.norm is not None,
+            *options,
             *(chunk_size, _tokens(longest, chunk_size), gradients),
         )
 
@@ -62,7 +64,8 @@ class Configuration(NamedTuple):
             *(_name(reading.q.dtype), "", _precision(reading.q.dtype)),
             *_network(reading.q, reading.weights),
             False,
-            *(reading.norm is not None, options.activation, options.residual),
+            reading.norm is not None,
+            *options,
             *(1, _tokens(longest, 1), True),
         )
 
@@ -93,9 +96,9 @@ def _tokens(longest: int, chunk_size: int) -> int:
 def _precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "ieee"
-    from ..kernels.launch import _tf32
+    from ..kernels.launch import precision
 
-    return "tf32" if _tf32() else "ieee"
+    return precision()
 
 
 def _environment(device: torch.device) -> tuple[str, str, str, str]:
