@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
+import reference
 from benchmarks import RESULTS
 from benchmarks.gpu import collect
 from benchmarks.gpu.__main__ import main
@@ -23,7 +25,8 @@ from benchmarks.gpu.stages import METRICS, STAGES, counters
 from benchmarks.machine_code.model import forward_flop, predict, tnt
 from benchmarks.reporting import page
 from benchmarks.reporting.plots import draw
-from benchmarks.running.cases import OURS
+from benchmarks.running import providers
+from benchmarks.running.cases import OURS, TINY
 from benchmarks.running.harness import Row
 from benchmarks.running.journal import Journal
 from benchmarks.running.machine import describe
@@ -334,5 +337,17 @@ def test_shards_fill_a_gpu_on_paper():
 
 def test_the_matrix_has_the_operator_with_resets():
     (case,) = (case for case in cases() if case.name == "resets")
-    assert list(case.providers) == [OURS, "with resets"] and case.device == "cuda"
+    expected = [OURS, "with resets", "TNT, both memories"]
+    assert list(case.providers) == expected and case.device == "cuda"
     assert all(shape.T > RESET for shape in case.shapes)
+
+
+def test_tnt_is_a_global_memory_and_a_local_one():
+    shape = replace(TINY, T=24, H=1)
+    inputs = providers.operator_inputs(shape, shape.T, torch.float64)
+    o = providers.our_tnt(inputs, shape).call()
+    whole = reference.neural_memory(**inputs, chunk_size=providers.RESET, read="chunk")[0]
+    local = reference.neural_memory(**inputs, chunk_size=shape.chunk, reset_every=providers.RESET)[
+        0
+    ]
+    torch.testing.assert_close(o, whole + local, rtol=0, atol=1e-11)

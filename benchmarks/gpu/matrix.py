@@ -58,6 +58,7 @@ def cases(rehearse: bool = False) -> tuple[Case, ...]:
             providers={
                 OURS: partial(build, backend="triton"),
                 "with resets": partial(providers.our_shards, backend="triton"),
+                "TNT, both memories": partial(providers.our_tnt, backend="triton"),
             },
             definition=build,
             flop={OURS: forward_flop, "with resets": forward_flop},

@@ -116,6 +116,18 @@ def our_shards(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
     return Task(call, leaves_of(inputs))
 
 
+def our_tnt(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
+    """The two operators of TNT, a global memory that is read at the start of its chunks and a local
+    one with resets, without what the layer does around them."""
+    whole = {"chunk_size": RESET, "read": "chunk", "backend": backend}
+    local = {"chunk_size": shape.chunk, "reset_every": RESET, "backend": backend}
+
+    def call() -> Tensor:
+        return neural_memory(**inputs, **whole)[0] + neural_memory(**inputs, **local)[0]
+
+    return Task(call, leaves_of(inputs))
+
+
 def our_reading(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
     """Every q of the memory as it begins."""
     q, weights, norm = (inputs[name] for name in ("q", "weights", "norm"))
