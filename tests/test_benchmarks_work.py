@@ -96,7 +96,7 @@ def test_attention_is_causal_attention_of_the_same_tokens():
     assert [id(x) for x in task.leaves] == [id(inputs[name]) for name in "qkv"]
 
 
-class _Asked(nn.Module):
+class _Recorded(nn.Module):
     """In the place of titans_pytorch.NeuralMemory: what it is built with and called on."""
 
     def __init__(self, **options):
@@ -124,7 +124,7 @@ def test_titans_pytorch_gets_the_sizes_and_tokens_of_ours(case, monkeypatch):
     monkeypatch.setattr(
         titans_pytorch,
         "NeuralMemory",
-        lambda **options: built.append(_Asked(**options)) or built[0],
+        lambda **options: built.append(_Recorded(**options)) or built[0],
     )
     shape = replace(TINY, B=2)
     inputs, (name, chunks) = BY_NAME[case].made(shape, shape.T), CHUNKS[case]

@@ -1,9 +1,9 @@
-"""The model of cost: by hand, and never faster than what the machine code asks for."""
+"""The model of cost: by hand, and never faster than what the machine code needs."""
 
 import pytest
 
 from benchmarks.machine_code import hardware, model, static
-from benchmarks.machine_code.hardware import GPUS, H100, H200, asked
+from benchmarks.machine_code.hardware import GPUS, H100, H200, demand
 from benchmarks.machine_code.model import BACKWARD_PASSES, FORWARD_PASSES, cost, predict
 from benchmarks.machine_code.published import delta_rule, sdpa
 from benchmarks.running.shapes import BOTH, FORWARD, Shape
@@ -19,21 +19,21 @@ def test_no_pass_is_faster_than_the_machine(gpu, D, mode):
         shape = Shape(T, chunk, B, 16, D)
         tokens, block = B * T * 16, model._tile(shape, mode, "sm_90").block
         for name, seconds in predict(shape, mode, gpu=gpu).items():
-            asks = asked(name, D, 4 * D, chunk, mode == BOTH)
+            needs = demand(name, D, 4 * D, chunk, mode == BOTH)
             least = cost(name, D, 4 * D, block, chunk, T)
-            assert seconds >= tokens * asks.instructions / (4 * 132 * 1.755e9)
-            assert seconds >= tokens * asks.bytes / (128 * 132 * 1.755e9)
+            assert seconds >= tokens * needs.instructions / (4 * 132 * 1.755e9)
+            assert seconds >= tokens * needs.bytes / (128 * 132 * 1.755e9)
             assert seconds >= tokens * least.bytes / gpu.cache
             assert seconds >= tokens * (least.bytes - least.running) / gpu.bytes
             assert seconds >= tokens * least.flop / gpu.flops
             if name.startswith("scan"):  # a chunk takes no less than its own instructions
-                own = chunk * asks.instructions / (4 * 1.755e9)
+                own = chunk * needs.instructions / (4 * 1.755e9)
                 assert seconds >= T / chunk * own * (1 - 1e-9)
 
 
 def test_scan_by_hand():
     """4 warps, one to a scheduler: an instruction every other cycle. Two programs take turns."""
-    each = asked("scan", 64, 256, 16, False).instructions
+    each = demand("scan", 64, 256, 16, False).instructions
     alone = 2 * 8192 * each / (4 * 1.755e9)
     assert predict(FULL)["scan"] == pytest.approx(alone)
     assert predict(Shape(8192, 16, 9, 16, 64))["scan"] == pytest.approx(alone)
@@ -43,7 +43,7 @@ def test_issue_floor_of_the_shipped_tiles():
     """What half the instructions are: 4.1 and 13.8 ms in blocks of 128 and with 8 warps."""
     assert model.issue(FULL) <= 2.6e-3
     assert model.issue(FULL, BOTH) <= 10.5e-3
-    once = sum(asked(name, 64, 256, 16, False).instructions for name in FORWARD_PASSES)
+    once = sum(demand(name, 64, 256, 16, False).instructions for name in FORWARD_PASSES)
     assert model.issue(FULL) == pytest.approx(8 * 8192 * 16 * once / (4 * 132 * 1.755e9))
 
 
@@ -57,7 +57,7 @@ def test_counts_are_those_of_the_shipped_kernels():
                 size = f"block {model._tile(Shape(16, D=D), BOTH, 'sm_90').block}"
             recorded = ceilings[f"{name}, {size}, sm_90"]["instructions a token"]
             # One is rounded to a tenth, the other up.
-            assert recorded - 1.05 <= asked(name, D, 4 * D, 16, True).instructions <= recorded
+            assert recorded - 1.05 <= demand(name, D, 4 * D, 16, True).instructions <= recorded
 
 
 def test_running_states_stay_in_the_cache_where_they_fit():

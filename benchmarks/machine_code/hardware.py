@@ -1,4 +1,4 @@
-"""What a GPU can do, and what kernels ask of it: rates, and counts from machine code.
+"""What a GPU can do, and what kernels need of it: rates, and counts from machine code.
 
 `python -m benchmarks.machine_code.hardware` compiles the kernels for sm_90 with the tiles that ship
 and writes warp instructions, and bytes through L1, of a token and head into instructions.json.
@@ -48,7 +48,7 @@ H100 = GPU("H100 SXM", 790e12, 3.0e12)
 GPUS = (H200, H100)
 
 
-class Asked(NamedTuple):
+class Demand(NamedTuple):
     """Of a token and head."""
 
     instructions: float
@@ -60,12 +60,12 @@ def _recorded() -> dict[str, dict[str, list[float]]]:
     return json.loads(RECORD.read_text(encoding="utf-8"))["kernels"]
 
 
-def asked(name: str, D: int, hidden: int, chunk: int, training: bool) -> Asked:
+def demand(name: str, D: int, hidden: int, chunk: int, training: bool) -> Demand:
     """What a pass executes: that of the recorded size next to this one, by the size of a matrix."""
     of = min((x for x in HEAD_DIMS if x >= D), default=HEAD_DIMS[-1])
     row = _recorded()[_key(of, CHUNKS[0] if chunk <= 32 else CHUNKS[1], training)]
     times = 1.0 if "coefficients" in name else D * hidden / (4 * of * of)
-    return Asked(*(times * x for x in row[name]))
+    return Demand(*(times * x for x in row[name]))
 
 
 def _key(D: int, chunk: int, training: bool) -> str:

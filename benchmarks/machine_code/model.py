@@ -56,7 +56,7 @@ them. A program of scan or scan_backward is all that its multiprocessor has, or 
 warp waits for its own results: a scheduler with one warp issues an instruction every CYCLES cycles
 at best.
 CYCLES is a guess that a measurement has to replace. Launches cost the host LAUNCH seconds each,
-beside the GPU's work: a CUDA graph hides them.
+in parallel with the GPU's work: a CUDA graph hides them.
 
 TNT is predicted as its two memories one after the other: the local one as so many more sequences
 as there are shards of 2,048 tokens, the global one in chunks of 2,048, whose queries read matrices
@@ -81,7 +81,7 @@ from titans_kernels.kernels.tiles import Blocks, Tile, tile
 
 from .. import RESULTS
 from ..running.shapes import BOTH, FORWARD, Shape
-from .hardware import GPU, GPUS, H200, asked
+from .hardware import GPU, GPUS, H200, demand
 from .published import delta_rule, sdpa
 
 CYCLES = 2.0  # between two instructions of a warp; a guess
@@ -189,30 +189,30 @@ def predict(
 def _seconds(name: str, shape: Shape, mode: str, arch: str, gpu: GPU) -> float:
     size = _tile(shape, mode, arch)
     each = cost(name, shape.D, shape.hidden, size.block, shape.chunk, shape.T)
-    asks = asked(name, shape.D, shape.hidden, shape.chunk, mode == BOTH)
+    needs = demand(name, shape.D, shape.hidden, shape.chunk, mode == BOTH)
     tokens, programs = shape.B * shape.T * shape.H, shape.B * shape.H
     held = each.running if programs * 16 * shape.D * shape.hidden <= gpu.cache_size else 0.0
     seconds = max(
         tokens * each.flop / gpu.flops,
         tokens * (each.bytes - held) / gpu.bytes,
         tokens * each.bytes / gpu.cache,
-        tokens * asks.bytes / gpu.near,
-        tokens * asks.instructions / gpu.issue,
+        tokens * needs.bytes / gpu.near,
+        tokens * needs.instructions / gpu.issue,
     )
     if name.startswith("scan"):
         schedule = size.scan_backward if name == "scan_backward" else size.scan
-        beside = 2 if programs > gpu.sms and schedule.warps <= 4 else 1  # by its registers
-        waits = max(1.0, CYCLES / (beside * schedule.warps / 4))
+        resident = 2 if programs > gpu.sms and schedule.warps <= 4 else 1  # by its registers
+        waits = max(1.0, CYCLES / (resident * schedule.warps / 4))
         block = Blocks.of(shape.chunk, size).tokens
         one = ceil(programs / gpu.sms) * ceil(shape.T / block) * block  # tokens of a multiprocessor
-        seconds = max(seconds, waits * one * asks.instructions * gpu.sms / gpu.issue)
+        seconds = max(seconds, waits * one * needs.instructions * gpu.sms / gpu.issue)
     return seconds
 
 
 def issue(shape: Shape, mode: str = FORWARD, gpu: GPU = H200) -> float:
     """Seconds in which multiprocessors, all of them busy, issue the instructions of a call."""
     sizes = (shape.D, shape.hidden, shape.chunk, mode == BOTH)
-    once = sum(asked(name, *sizes).instructions for name in PASSES[mode])
+    once = sum(demand(name, *sizes).instructions for name in PASSES[mode])
     return shape.B * shape.T * shape.H * once / gpu.issue
 
 
@@ -234,7 +234,7 @@ def tnt(shape: Shape, mode: str = FORWARD, size: int = 2048) -> tuple[float, flo
     return sum(local.values()), sum(others.values()) + 1e-9 * times * reading
 
 
-def beside_tnt() -> list[str]:
+def tnt_and_titans() -> list[str]:
     """A row for each mode and batch: what chunks that wait for each other cost, and shards."""
     head = ("B x H x D", "T", "chunk", "mode", "Titans ms", "local ms", "global ms", "TNT is")
     rows = ["", "TNT, with resets and a global chunk of 2,048, and Titans"]
@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = parser.parse_args(argv).results
     for mode in COLUMNS:
         print(*table(results, mode), sep="\n")
-    print(*beside_tnt(), *compared(), sep="\n")
+    print(*tnt_and_titans(), *compared(), sep="\n")
     return 0
 
 
