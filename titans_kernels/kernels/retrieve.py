@@ -35,13 +35,13 @@ def retrieve_kernel(
     BQ: tl.constexpr = sizes.BQ
     LAST: tl.constexpr = sizes.DEPTH - 1
     i_n, i_block, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) % H
-    start = tl.program_id(2) // H * BQ
+    skipped = tl.program_id(2) // H * BQ  # queries of the block, to others
     first, count, _ = block_of(token, i_n, group + i_block, sizes)
-    if count <= start:
+    if count <= skipped:
         return
     i_b = (i_n * tl.num_programs(1) + i_block) * H + i_h
     i_q, before = query_of(token, i_n, first)
-    o_q, o_t, o_d = start + tl.arange(0, BQ), tl.arange(0, BT), tl.arange(0, sizes.BD)
+    o_q, o_t, o_d = skipped + tl.arange(0, BQ), tl.arange(0, BT), tl.arange(0, sizes.BD)
     m_t, m_d = o_t < count, o_d < D
     m_r, m_q = o_q < count, (o_q < count) & (before + o_q >= 0)
 
