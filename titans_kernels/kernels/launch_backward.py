@@ -22,7 +22,7 @@ def allocate(
     anchor: Sequence[Tensor],
     read: str = "token",
 ) -> Grad:
-    """Gradients of a group beside those of tokens and of the running state, which go on in place.
+    """Gradients of a group, with those of tokens and of the running state, updated in place.
 
     `state` are those of weights, then of momenta, [N, H, d_in, d_out] each; where chunks span
     blocks, `anchor` are those of what an open chunk started with.

@@ -114,7 +114,7 @@ class Intervals(NamedTuple):
     def rows(self, tokens: Count) -> Count:
         """Intervals in so many tokens. A sequence's n tokens start at most rows(n) after its first.
 
-        So row `rows(start) + i` is nobody else's, for the i-th after the first of the sequence
+        So no other sequence has row `rows(start) + i`, for the i-th after the first of the one
         with this start: rows(start) + rows(n) is at most rows(start + n).
         """
         return tokens * self.size // (self.blocks * self.period)
@@ -167,7 +167,7 @@ class Plan(NamedTuple):
 
 def kept_shapes(packed: Packed, chunk_size: int) -> list[tuple[int, ...]]:
     """Of what forward keeps for backward: weights and momenta, where a chunk spans blocks those
-    that it started with too, [rows, H, d_in, d_out] each; the last row is nobody's.
+    that it started with too, [rows, H, d_in, d_out] each; the last row is unused.
 
     One row more: what is compiled for any number of tokens must not depend on whether there is one.
     """
@@ -186,7 +186,7 @@ def forward(
     kept: list[Tensor],
     final: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Answers and final state, if asked; where there is anything to keep, it is filled in."""
+    """Outputs and, with `final`, the final state; `kept` is filled in where it is not empty."""
     packed = _dense_record(packed)
     plan = Plan.of(packed, options, chunk_size, longest, backward=bool(kept))
     problem, tokens = plan.problem, plan.tokens
@@ -239,13 +239,13 @@ def backward(
     """Gradients of `packed.differentiable()`: interval after interval, the last first.
 
     Of a group, forward is computed again: its scratch, of about 16 KB a token and head at D 64 and
-    hidden 256, is all that is held beside the states that forward kept, 128 bytes a token and head.
+    hidden 256, is all that is held in addition to the states that forward kept, 128 bytes a token and head.
     """
     packed, kept, do = _dense_record(packed), _dense_all(kept), _dense(do)
     plan = Plan.of(packed, options, chunk_size, longest)
     problem, tokens, depth = plan.problem, plan.tokens, len(packed.weights)
     dnorm = None
-    # zero where rows of the packed tokens are nobody's
+    # zero where rows of the packed tokens are padding
     dtokens = TokenGrad(*(torch.zeros_like(x, memory_format=_DENSE) for x in packed[:6]))
     dstate, danchor = [_copy(x) for x in dfinal], [_copy(x) for x in dfinal]
     if problem.blocks.span > 1:  # a chunk that is still open leaves its anchor as the final state

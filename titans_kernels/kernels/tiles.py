@@ -42,7 +42,7 @@ class Tile:
     Args:
         block (int): tokens to a block at most, a power of 2 from 16 on.
         slice (int): hidden units at a time, likewise.
-        queries (int): tokens of a block that one program answers at most, likewise.
+        queries (int): of a block, to one program at most, likewise.
         rows (int): of the head dimension at a time, backwards, likewise.
         scan, retrieve, recall, *_backward (Schedule): of the kernel of that name.
     """
