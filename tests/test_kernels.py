@@ -123,7 +123,7 @@ def test_offsets_beyond_int32():
     case = Case("", 40, 16)
     M, D, dtype = 2**27 + 40, case.D, torch.bfloat16
     tile, norm = Tile(*case.tile), torch.ones(1, 2, D)
-    problem = launch.Problem(16, Blocks.of(16, tile), "gelu_tanh", True, norm, tile)
+    problem = launch.Problem(16, Blocks.of(16, tile), "gelu_tanh", True, "token", norm, tile)
 
     def far(x):
         """The same tokens, at the end of a tensor that fits no int32."""

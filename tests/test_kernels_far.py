@@ -35,7 +35,7 @@ def _gradients(q, k, v, gates, do, start):
     bounds = torch.tensor([[start, start + T]])
     tokens = Tokens(k, v, *gates, bounds, torch.zeros(1, dtype=torch.int64), bounds[0, :1])
     norm = torch.ones(1, 2, D)
-    problem = launch.Problem(CHUNK, Blocks.of(CHUNK, TILE), "gelu_tanh", True, norm, TILE)
+    problem = launch.Problem(CHUNK, Blocks.of(CHUNK, TILE), "gelu_tanh", True, "token", norm, TILE)
     W = [torch.ones(1, 1, D, HIDDEN) / 8, torch.ones(1, 1, HIDDEN, D) / 8]
     states = [*W, *map(torch.zeros_like, W)]
     before = [x.to(q.dtype) for x in states]
