@@ -355,6 +355,12 @@ def test_what_queries_read_is_a_configuration_of_its_own(cache, read):
     assert [call.args[0].read for call in checked.call_args_list] == [read]
 
 
+@pytest.mark.parametrize("read", ["token", "chunk"])
+def test_the_check_reads_what_the_call_reads(read):
+    configuration = _configuration()._replace(read=read)
+    assert check._options(configuration).read == read
+
+
 def test_every_length_is_checked_in_the_blocks_it_runs_in():
     """One check for all lengths from two blocks of the largest tile on, one for decoding."""
     from titans_kernels.kernels import tiles

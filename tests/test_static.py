@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from benchmarks.machine_code import offline, static
+from titans_kernels.kernels import tiles
 from titans_kernels.kernels.tiles import ARCHITECTURES, Blocks, Schedule, Tile, tile, using
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +57,18 @@ def test_shipped_kernels(path, arch, head_dims, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f"\n{kernel} " in done.stdout for kernel in static.KERNELS)
     assert done.stdout.startswith("Triton 3.6") or not path
+
+
+@pytest.mark.parametrize("version, stages", [("3.5.1", 1), ("3.7.2", 1), ("3.8.0", 2)])
+def test_nothing_is_pipelined_where_triton_leaves_out_the_fence(monkeypatch, version, stages):
+    monkeypatch.setattr(triton, "__version__", version)
+    tiles._fences.cache_clear()
+    try:
+        size = tile(64, 256, torch.bfloat16, "sm_90")
+        other = tile(64, 256, torch.bfloat16, "sm_100")
+    finally:
+        tiles._fences.cache_clear()
+    assert (size.recall.stages, other.recall.stages) == (stages, 2)
 
 
 def test_ceilings_are_recorded():
