@@ -39,3 +39,15 @@ def test_the_package_decodes_and_trains_on_the_compilers_code():
 def test_tiles_that_ship(case):
     (record,) = run("", "--cases", case, "--dtypes", "bfloat16").splitlines()
     assert not json.loads(record)["faults"]
+
+
+def test_the_page_is_made_of_records():
+    from triton_support.machine import table
+
+    row = {"case": "D 64", "arch": "sm_80", "triton": "3.9.0", "dtype": "bfloat16", "tile": "64x64"}
+    done = row | {"error": 0.0035, "rms": 1.07, "instructions": 11126.0, "products": 672.0}
+    done["kernels"] = {"scan_backward": [4828.0, 236.0]}
+    page = table.page([done, row | {"failed": "a | b"}])
+    assert "| D 64 | sm_80 | 3.9.0 | bfloat16 | 64x64 | 3.5e-03 | 1.07 | 11,126 | 672.0 |" in page
+    assert "| D 64 | sm_80 | 3.9.0 | bfloat16 | failed: a / b |" in page
+    assert "| scan_backward | 4,828 | 236.0 | 236.0 |" in page  # the last column is the formula's

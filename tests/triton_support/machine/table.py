@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import model
+from benchmarks.machine_code import model
 
 from .cases import CASES, Case
 
@@ -42,7 +42,7 @@ KERNELS = """
 ## By kernel
 
 Instructions and products that are executed a token and head: of the forward pass and, where there
-is a backward pass, of the forward pass computed again in it. Beside them the products that the
+is a backward pass, of the forward pass that it recomputes; and the products that the
 formulas of `benchmarks.machine_code.model` require, of 4,096 FLOP each. Where more are executed, a
 likely cause (not traced here) is a tile with fewer fragments than warps, which several warps
 compute alike.
