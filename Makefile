@@ -18,12 +18,13 @@ PY    := $(VENV)/bin/python
 READY := $(VENV)/.ready
 OTHER := $(VENV)/triton-$(SECOND)
 OWN   := $(VENV)/transformers-tests
+OLD   := $(VENV)-oldest
 
 # One thread a worker: the suite runs two workers, and its tensors are too small to split.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format verify mutants fuzz static machine bench docs clean
+.PHONY: help demo test test-all oldest check format verify mutants fuzz static machine bench docs clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -64,6 +65,17 @@ test: check $(OTHER) $(OWN) ## Lint, type-check and run every test that this mac
 
 test-all: $(READY) ## The longer runs and wider sweeps that `make test` leaves out
 	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist worksteal -m wide $(PYTEST)
+
+# The lower bounds that setup.py gives. Such a torch brings a Triton older than the kernels take.
+oldest_of = $(1)==$(shell sed -nE 's/.*"$(1)>=([0-9.]+)".*/\1/p' setup.py).*
+CORE := reference memory ops streaming nonfinite layer blocks models cache replace loss sessions
+oldest: ## The core of the tests with the oldest torch and transformers that setup.py admits
+	test -x $(OLD)/bin/python || $(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check \
+		"$(call oldest_of,torch)" "$(call oldest_of,transformers)" \
+		numpy omegaconf tqdm hypothesis pytest tokenizers peft
+	PYTHONPATH=. $(ONE_THREAD) $(OLD)/bin/python -m pytest -q -k "not triton" $(PYTEST) \
+		$(CORE:%=tests/test_%.py)
 
 check: $(READY) ## Lint, formatting and types only
 	$(PY) -m ruff check .
@@ -106,5 +118,5 @@ docs: $(READY) ## Build the documentation into site/, with the API reference
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 clean: ## Remove .venv, caches and build products
-	rm -rf $(VENV) build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLD) build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -69,7 +69,7 @@ def _take(x: Tensor, places: Tensor) -> Tensor:
 @torch.library.custom_op(
     "titans_kernels::padding",
     mutates_args=(),
-    # torch 2.6 does not infer it: it takes typing.List, not list.
+    # Older releases of torch do not infer it: they take typing.List, not list.
     schema="(Tensor? attention_mask, Tensor? position_ids, SymInt[] batch, Device device, "
     "bool past, bool whole, SymInt? seen, SymInt? chunk) -> Tensor",
 )
