@@ -76,7 +76,7 @@ setup(
     include_package_data=False,
     zip_safe=False,
     install_requires=[
-        "torch>=2.7",
+        "torch>=2.9",  # which comes with Triton 3.5
         # Never pinned: every CUDA build of torch pins the triton that it was made with.
         'triton; platform_system == "Linux"',
     ],
