@@ -75,15 +75,15 @@ def test_no_tensor_holds_the_logits_of_more_tokens_than_a_piece():
 
 
 def test_with_transforms_of_torch_func_and_a_second_derivative():
-    model, (tokens, labels) = _model(5), _tokens(1, 7)
+    model, (tokens, labels) = _model(5).double(), _tokens(1, 7)
     parameters = {n: p.detach() for n, p in model.named_parameters()}
 
     def loss(p):
         return functional_call(model, p, (tokens,), {"labels": labels}).loss
 
-    _, expected = _gradients(_model(), tokens, labels)
+    _, expected = _gradients(_model(5).double(), tokens, labels)
     for got, wanted in zip(grad(loss)(parameters).values(), expected[1:], strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-13)
     hidden = torch.randn(1, 7, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(9, 4, dtype=torch.float64)
     targets = torch.randint(9, (1, 7))

@@ -246,6 +246,7 @@ def test_a_model_is_trained_on_with_smaller_local_chunks(tmp_path):
     training = Training(_config(tmp_path / "second", **options), ALONE)
     saved = TitansForCausalLM.from_pretrained(start)
     saved.set_local_chunks((2, 1))
+    assert all(layer.mixer.memory.local_chunks == (2, 1) for layer in saved.model.layers)
     for p, q in zip(training.model.parameters(), saved.parameters(), strict=True):
         assert torch.equal(p, q)
     text = training._window(0)[:, : training.config.length + 1]
