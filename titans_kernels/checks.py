@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .packing import known as has_values
 from .state import MemoryState
+from .transforms import values
 
 Activation = Literal["gelu_tanh", "gelu", "silu", "relu", "identity"]
 Read = Literal["token", "chunk"]
@@ -169,7 +170,7 @@ def cu_seqlens(value: Any, q: Tensor) -> None:
     if q.shape[0] != 1:
         raise ValueError(f"q: got batch {q.shape[0]}, takes 1 together with cu_seqlens")
     if has_values(value):
-        ends = value.tolist()
+        ends = values(value)
         if ends[0] != 0 or ends[-1] != q.shape[1]:
             raise ValueError(
                 f"cu_seqlens: got {ends[0]} first and {ends[-1]} last, "
@@ -253,6 +254,6 @@ def _counts(name: str, value: Any, q: Tensor, sequences: int, most: int, meaning
         raise ValueError(f"{name}: got device {value.device}, takes that of q, {q.device}")
     shape(name, value, (sequences,), "[N]")
     if has_values(value):
-        found = value.tolist()
+        found = values(value)
         if not all(0 <= n <= most for n in found):
             raise ValueError(f"{name}: got {found}, takes values from 0 to {meaning} = {most}")

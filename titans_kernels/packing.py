@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from .state import MemoryState
+from .transforms import values
 
 Gates = tuple[Tensor, Tensor, Tensor]  # theta, alpha, eta
 Norm = tuple[Tensor, Tensor]  # weight and bias, [H, D] each
@@ -117,7 +118,7 @@ def segments(q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
         return torch.arange(B + 1, device=q.device) * T, T
     longest = T
     if known(cu_seqlens):
-        longest = max((b - a for a, b in pairwise(cu_seqlens.tolist())), default=0)
+        longest = max((b - a for a, b in pairwise(values(cu_seqlens))), default=0)
     return cu_seqlens.to(q.device, torch.int64), longest
 
 
@@ -143,9 +144,9 @@ def ends_chunk(state: MemoryState, T: int, cu_seqlens: Tensor | None) -> bool:
     if cu_seqlens is not None:
         if not known(cu_seqlens):
             return True
-        added = (b - a for a, b in pairwise(cu_seqlens.tolist()))
+        added = (b - a for a, b in pairwise(values(cu_seqlens)))
     return any(
-        n + more >= state.chunk_size for n, more in zip(state.length.tolist(), added, strict=False)
+        n + more >= state.chunk_size for n, more in zip(values(state.length), added, strict=False)
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .packing import Packed, known
 from .state import MemoryState
+from .transforms import values
 
 
 class Shards(NamedTuple):
@@ -161,9 +162,9 @@ def most_runs(
         return N * torch.sym_max(1, (T + S - 1) // S)
     if known(position) and (cu_seqlens is None or known(cu_seqlens)):
         added = (
-            repeat(T) if cu_seqlens is None else (b - a for a, b in pairwise(cu_seqlens.tolist()))
+            repeat(T) if cu_seqlens is None else (b - a for a, b in pairwise(values(cu_seqlens)))
         )
-        pairs = zip(position.tolist(), added, strict=False)
+        pairs = zip(values(position), added, strict=False)
         return sum(max(1, -(-(p + more) // S)) for p, more in pairs)
     if cu_seqlens is None:
         return N * torch.sym_max(1, (T + 2 * S - 2) // S)

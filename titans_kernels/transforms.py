@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
 def transforming() -> bool:
     """Whether a transform of `torch.func` or a level of dual numbers is entered."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def values(x: Tensor) -> Any:
+    """`x.tolist()`, also inside a transform, where a wrapper has no storage before torch 2.10."""
+    if not transforming():
+        return x.tolist()
+    return [values(row) for row in x.unbind()] if x.dim() else x.item()
 
 
 def differentiable() -> bool:

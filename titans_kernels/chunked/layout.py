@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..transforms import values
+
 
 class BlockSize(NamedTuple):
     tokens: int  # of a block
@@ -106,7 +108,7 @@ class Layout:
         cls, bounds: Tensor, tail: Tensor, query_start: Tensor, chunk_size: int, block: BlockSize
     ) -> Layout:
         """On a GPU this waits for it, once."""
-        table = torch.stack([*bounds.unbind(1), tail, query_start], 1).tolist()
+        table = values(torch.stack([*bounds.unbind(1), tail, query_start], 1))
         found = [Sequence(first, end - first, *rest) for first, end, *rest in table]
         order = sorted(range(len(found)), key=lambda i: -found[i].length)
         same = order == list(range(len(order)))

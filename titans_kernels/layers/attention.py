@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..packing import without_values
-from ..transforms import transforming
+from ..transforms import transforming, values
 from . import checking
 from .numeric import wide
 from .state import WindowState
@@ -278,7 +278,7 @@ def _longest(cu_seqlens: Tensor, x: Tensor) -> int:
     """Tokens of the longest sequence; where there are no values, as many as it may have."""
     if without_values(cu_seqlens):
         return x.shape[1]
-    return max(cu_seqlens.diff().tolist(), default=0)
+    return max(values(cu_seqlens.diff()), default=0)
 
 
 def _rows(cu_seqlens: Tensor, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..packing import known
+from ..transforms import values
 from .state import ProjectionState
 
 
@@ -127,6 +128,6 @@ def lengths(name: str, x: Any, sequences: int, most: int, like: Tensor) -> None:
         raise ValueError(f"{name}: got device {x.device}, takes that of x, {like.device}")
     checks.shape(name, x, (sequences,), "[N]")
     if known(x):
-        found = x.tolist()
+        found = values(x)
         if not all(0 <= n <= most for n in found):
             raise ValueError(f"{name}: got {found}, takes values from 0 to {most}")

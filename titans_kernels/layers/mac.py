@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import without_values
+from ..transforms import values
 from . import checking
 from .attention import SegmentAttention
 from .block import Block, BlockOptions, Gate
@@ -103,11 +104,11 @@ class TitansMAC(Block[ContextState]):
         else:
             checking.lengths("state.length", state.length, sequences, self.segment - 1, x)
             if T != 1 and not without_values(state.length):  # shapes are the same whatever it is
-                opened = state.length.tolist() or opened
+                opened = values(state.length) or opened
         if cu_seqlens is not None and without_values(cu_seqlens):
             got = "one without values, as on the meta device"
             raise ValueError(f"cu_seqlens: got {got}, takes one that segments are counted by")
-        lengths = [T] if cu_seqlens is None else cu_seqlens.diff().tolist() or [T]
+        lengths = [T] if cu_seqlens is None else values(cu_seqlens.diff()) or [T]
 
         n, filled = lengths[0], max(opened)
         if _same(lengths) and (_same(opened) or filled + n <= self.segment):
@@ -208,6 +209,6 @@ def _in_rounds(
     start, size = (reached[:-1] + shift).flatten(), pieces.flatten()
     before = size.cumsum(0) - size
     tokens = torch.arange(int(length.sum())) + (start - before).repeat_interleave(size)
-    left = (end > border[:-1]).sum(1).tolist()
+    left = values((end > border[:-1]).sum(1))
     ends = [F.pad(piece[:n].cumsum(0), (1, 0)) for piece, n in zip(pieces, left, strict=True)]
     return order, tokens, ends
