@@ -221,13 +221,17 @@ def launches(shape: Shape, mode: str = FORWARD) -> float:
     return LAUNCH * len(PASSES[mode]) * ceil(shape.T / GROUP)
 
 
-def tnt(shape: Shape, mode: str = FORWARD, size: int = 2048) -> tuple[float, float]:
+def tnt(
+    shape: Shape, mode: str = FORWARD, size: int = 2048, gpu: GPU = H200
+) -> tuple[float, float]:
     """Seconds of the local memory, with the chunk of the shape and so many tokens to a shard, and
     of the global one with as many to a chunk."""
     T = min(shape.T, size)
-    local = predict(replace(shape, B=shape.B * ceil(shape.T / T), T=T), mode)
+    local = predict(replace(shape, B=shape.B * ceil(shape.T / T), T=T), mode, gpu=gpu)
     whole = replace(shape, chunk=size)
-    others = {name: s for name, s in predict(whole, mode).items() if "retrieve" not in name}
+    others = {
+        name: s for name, s in predict(whole, mode, gpu=gpu).items() if "retrieve" not in name
+    }
     block = _tile(whole, mode, "sm_90").block
     reading = cost("recall", whole.D, whole.hidden, block, whole.chunk, whole.T).floor
     times = (3 if mode == BOTH else 1) * whole.B * whole.T * whole.H
@@ -236,16 +240,27 @@ def tnt(shape: Shape, mode: str = FORWARD, size: int = 2048) -> tuple[float, flo
 
 def tnt_and_titans() -> list[str]:
     """A row for each mode and batch: what chunks that wait for each other cost, and shards."""
-    head = ("B x H x D", "T", "chunk", "mode", "Titans ms", "local ms", "global ms", "TNT is")
+    head = (
+        "GPU",
+        "B x H x D",
+        "T",
+        "chunk",
+        "mode",
+        "Titans ms",
+        "local ms",
+        "global ms",
+        "TNT is",
+    )
     rows = ["", "TNT, with resets and a global chunk of 2,048, and Titans"]
     rows.append(" ".join(f"{x:>12}" for x in head))
-    for mode, B, chunk in product(COLUMNS, (1, 8), (16, 64)):
+    for gpu, mode, B, chunk in product(GPUS, COLUMNS, (1, 8), (16, 64)):
         shape = Shape(32768, chunk, B, 16, 64)
-        whole, (local, other) = sum(predict(shape, mode).values()), tnt(shape, mode)
+        whole = sum(predict(shape, mode, gpu=gpu).values())
+        local, other = tnt(shape, mode, gpu=gpu)
         times = f"{whole / (local + other):.1f}x as fast"
         short = "forward" if mode == FORWARD else "both"
         cells = (f"{1e3 * x:.3f}" for x in (whole, local, other))
-        row = (f"{B} x 16 x 64", shape.T, chunk, short, *cells, times)
+        row = (gpu.name, f"{B} x 16 x 64", shape.T, chunk, short, *cells, times)
         rows.append(" ".join(f"{x!s:>12}" for x in row))
     return rows
 
