@@ -247,6 +247,8 @@ for call in (
 
 # ----------------------------------------------------------------------------- forbidden patterns
 
+MOST_PARAMETERS = 12  # of a kernel: what travels together is a record
+
 
 def _forbidden(source):
     """What kernels must not do: (line, why) of each.
@@ -274,6 +276,9 @@ def _forbidden(source):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("tl.dot", "tl.dot_scaled"):
             named = {keyword.arg for keyword in node.keywords}
             found += [(node.lineno, x) for x in ("input_precision", "out_dtype") if x not in named]
+        is_kernel = isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+        if is_kernel and len(node.args.args) > MOST_PARAMETERS:
+            found.append((node.lineno, "parameters"))
         if isinstance(node, ast.Call) and ast.unparse(node) == "tl.program_id(0)":
             found += [(node.lineno, "int32")] if id(node) not in widened else []
     return found
@@ -299,3 +304,5 @@ def test_forbidden_patterns_are_found():
     source = "\n".join(line[4:] for line in inspect.getsource(kernel).splitlines())
     why = ("trans", "T", "input_precision", "out_dtype", "make_block_ptr", "atomic", "int32")
     assert sorted(_forbidden(source)) == [(2 + i, reason) for i, reason in enumerate(why)]
+    many = f"def a_kernel({', '.join('abcdefghijklm')}): pass"
+    assert _forbidden(many) == [(1, "parameters")]
