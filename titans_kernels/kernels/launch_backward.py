@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,22 +53,31 @@ def allocate(
     return Grad(token, coefficient, tuple(layers), norm, norm_keys)
 
 
-def retrieve_backward(
+def _arguments(
     query: Queries, token: Tokens, scratch: Scratch, grad: Grad, first_block: int, problem: Problem
-) -> None:
-    N, H, D = len(token.bounds), *token.k.shape[1:]
-    retrieve_backward_kernel[(N, scratch.blocks, H)](
+) -> dict[str, Any]:
+    """What every pass over layers takes."""
+    return dict(
         token=token,
         query=query,
         coefficient=scratch.coefficient,
         layers=scratch.layers,
         query_layers=scratch.query_layers,
         grad=grad,
-        p_norm=norm_or(problem.norm, scratch.coefficient.a),
         group=first_block,
         hidden=scratch.hidden,
-        width=D,
+        width=token.k.shape[2],
         sizes=problem.sizes(token, scratch.hidden, len(scratch.layers)),
+    )
+
+
+def retrieve_backward(
+    query: Queries, token: Tokens, scratch: Scratch, grad: Grad, first_block: int, problem: Problem
+) -> None:
+    N, H = len(token.bounds), token.k.shape[1]
+    retrieve_backward_kernel[(N, scratch.blocks, H)](
+        **_arguments(query, token, scratch, grad, first_block, problem),
+        p_norm=norm_or(problem.norm, scratch.coefficient.a),
         **problem.tile.retrieve_backward.options(),
     )
 
@@ -76,23 +86,14 @@ def scan_backward(
     query: Queries, token: Tokens, scratch: Scratch, grad: Grad, first_block: int, problem: Problem
 ) -> None:
     """Walk back over one group."""
-    N, H, D = len(token.bounds), *token.k.shape[1:]
+    N, H = len(token.bounds), token.k.shape[1]
     if problem.read == "chunk":  # else there is what queries give
         for rows in grad.coefficient[:3]:
             rows.zero_()
     scan_backward_kernel[(N, H)](
-        token=token,
-        query=query,
-        coefficient=scratch.coefficient,
-        layers=scratch.layers,
-        query_layers=scratch.query_layers,
-        grad=grad,
+        **_arguments(query, token, scratch, grad, first_block, problem),
         p_norm=norm_or(problem.norm, scratch.coefficient.a),
-        group=first_block,
         blocks=scratch.blocks,
-        hidden=scratch.hidden,
-        width=D,
-        sizes=problem.sizes(token, scratch.hidden, len(scratch.layers)),
         **problem.tile.scan_backward.options(),
     )
 
@@ -107,18 +108,9 @@ def inputs_backward(
     keys: bool,
 ) -> None:
     """Of queries after `retrieve_backward`, of keys after `scan_backward`."""
-    N, H, D = len(token.bounds), *token.k.shape[1:]
+    N, H = len(token.bounds), token.k.shape[1]
     inputs_backward_kernel[(N, scratch.blocks, H)](
-        token=token,
-        query=query,
-        coefficient=scratch.coefficient,
-        layers=scratch.layers,
-        query_layers=scratch.query_layers,
-        grad=grad,
-        group=first_block,
-        hidden=scratch.hidden,
-        width=D,
-        sizes=problem.sizes(token, scratch.hidden, len(scratch.layers)),
+        **_arguments(query, token, scratch, grad, first_block, problem),
         KEYS=keys,
         **problem.tile.inputs_backward.options(),
     )
