@@ -39,8 +39,8 @@ class Problem(NamedTuple):
         BC = max(16, triton.next_power_of_2(chunk))
         gates = tuple(i_l if token.theta.shape[2] > 1 else 0 for i_l in range(depth))
         rest = fixed(BC=BC, BQ=self.tile.queries, GATES=gates)
-        history = self.read == "token" or self.blocks.chunks > 1
-        rest |= fixed(READ=self.read, HISTORY=history)
+        earlier = self.blocks.chunks > 1
+        rest |= fixed(READ=self.read, EARLIER=earlier, HISTORY=self.read == "token" or earlier)
         return Sizes(**self._rows(token), **rest, **network)
 
     def _rows(self, token: Tokens) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def recall(
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     network = network_sizes(q, hidden, depth, tile, activation, residual, norm)
     rows = fixed(H=H, L=1, CHUNK=1, TOKENS=1, SPAN=1, BT=tile.block, BC=16, BQ=16)
-    rest = fixed(GATES=(), READ="token", HISTORY=False)
+    rest = fixed(GATES=(), READ="token", EARLIER=False, HISTORY=False)
     if N * blocks:
         recall_kernel[(N * blocks, H)](
             p_q=q,

@@ -137,6 +137,7 @@ class Sizes(NamedTuple):
     HAS_NORM: tl.constexpr
     RESIDUAL: tl.constexpr
     READ: tl.constexpr  # "token": queries read the state right after their token; "chunk": as keys
+    EARLIER: tl.constexpr  # a block holds chunks before another; else its state is the chunk's
     HISTORY: tl.constexpr  # queries read tokens of their own block; else W alone
     PRECISION: tl.constexpr  # of products of float32
     WIDTHS: tuple[tl.constexpr, ...]  # of layers: into the first, out of each

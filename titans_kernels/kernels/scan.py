@@ -97,9 +97,10 @@ def first_products(p_k, layer, coefficient, place, count, hidden, sizes):
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
         m_h = j + o_h < OUT
         b_w = load_t(p_W, o_d, m_d, j + o_h, m_h, OUT).to(OP)  # [BH, BD]
-        b_z = b_a[None, :] * dot(b_w, b_k, None, sizes.PRECISION)
-        b_w = load_t(p_S, o_d, m_d, j + o_h, m_h, OUT).to(OP)
-        b_z += b_c[None, :] * dot(b_w, b_k, None, sizes.PRECISION)
+        b_z = dot(b_w, b_k, None, sizes.PRECISION)
+        if sizes.EARLIER:
+            b_w = load_t(p_S, o_d, m_d, j + o_h, m_h, OUT).to(OP)
+            b_z = b_a[None, :] * b_z + b_c[None, :] * dot(b_w, b_k, None, sizes.PRECISION)
         store_t(p_z, b_z, o_i, m_i, j + o_h, m_h, OUT)
 
 
@@ -131,9 +132,11 @@ def chunk_of_keys(
     m_d, rows = o_d < D, (row, o_c, m_c, m_p)
     b_k = load_t(p_k, o_c, m_c, o_d, m_d, sizes.H * D)  # [BD, BC]
     b_v = load_t(p_v, o_c, m_c, o_d, m_d, sizes.H * D)
-    b_p = load(p_k, o_i, m_p, o_d, m_d, sizes.H * D)  # [BT, BD]
-    b_g = history(coefficient, i_b, row, m_p, 0, sizes)
-    b_s = (b_g[:, None] * dot(b_p, b_k, None, sizes.PRECISION)).to(OP)  # [BT, BC]
+    b_s = tl.zeros([BT, sizes.BC], OP)
+    if sizes.EARLIER:
+        b_p = load(p_k, o_i, m_p, o_d, m_d, sizes.H * D)  # [BT, BD]
+        b_g = history(coefficient, i_b, row, m_p, 0, sizes)
+        b_s = (b_g[:, None] * dot(b_p, b_k, None, sizes.PRECISION)).to(OP)
 
     p_d = layers[LAST].d + i_b * BT * D
     p_y = layers[LAST].z + i_z * BT * D
@@ -147,16 +150,19 @@ def chunk_of_keys(
             b_s, b_y = hidden_layer(
                 layers[i_l], layers[i_l + 1], coefficient, b_s, b_y, place, rows, hidden, i_l, sizes
             )
-    b_d = load_t(p_d, o_i, m_p, o_d, m_d, D).to(OP)  # [BD, BT]
-    b_y = dot(b_d, b_s, b_y, sizes.PRECISION)
+    if sizes.EARLIER:
+        b_d = load_t(p_d, o_i, m_p, o_d, m_d, D).to(OP)  # [BD, BT]
+        b_y = dot(b_d, b_s, b_y, sizes.PRECISION)
     if KEEP:
         store_t(p_y, b_y, o_c, m_c, o_d, m_d, D)
 
     b_e = error(b_y, b_k.to(ACC), b_v.to(ACC), p_norm, o_d, m_d, sizes)  # [BD, BC]
     store_t(p_d, b_e, o_c, m_c, o_d, m_d, D)
     if LAST > 0:
-        b_d = load(p_d, o_i, m_p, o_d, m_d, D).to(OP)  # [BT, BD]
-        b_s = dot(b_d, b_e.to(OP), None, sizes.PRECISION)  # [BT, BC]
+        b_s = tl.zeros([BT, sizes.BC], ACC)
+        if sizes.EARLIER:
+            b_d = load(p_d, o_i, m_p, o_d, m_d, D).to(OP)  # [BT, BD]
+            b_s = dot(b_d, b_e.to(OP), None, sizes.PRECISION)
         for back in tl.static_range(LAST):
             below, layer = layers[LAST - back - 1], layers[LAST - back]
             b_s = hidden_errors(
@@ -200,23 +206,26 @@ def hidden_layer(
     b_xx = tl.zeros([BT, sizes.BC], b_y.dtype)
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
         m_h = j + o_h < HIDDEN
-        b_d = load_t(p_d, o_i, m_p, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BT]
         if i_l == 0:
             b_z = load_t(p_z, o_c, m_c, j + o_h, m_h, HIDDEN)  # [BH, BC]
         else:
             b_z = products(layer, coefficient, place, rows, j, hidden, i_l, sizes)
-        b_z = dot(b_d, b_s, b_z, sizes.PRECISION)
+        if sizes.EARLIER:
+            b_d = load_t(p_d, o_i, m_p, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BT]
+            b_z = dot(b_d, b_s, b_z, sizes.PRECISION)
         store_t(p_z, b_z, o_c, m_c, j + o_h, m_h, HIDDEN)
         b_h = activate(b_z, sizes.ACTIVATION)
         store_t(p_x, b_h, o_c, m_c, j + o_h, m_h, HIDDEN)
 
-        b_x = load(p_x, o_i, m_p, j + o_h, m_h, HIDDEN)  # [BT, BH]
-        b_xx = dot(b_x, b_h.to(OP), b_xx, sizes.PRECISION)
+        if sizes.EARLIER:
+            b_x = load(p_x, o_i, m_p, j + o_h, m_h, HIDDEN)  # [BT, BH]
+            b_xx = dot(b_x, b_h.to(OP), b_xx, sizes.PRECISION)
         if i_l + 2 == sizes.DEPTH:
             b_w = load_t(p_W, j + o_h, m_h, o_d, m_d, D).to(OP)  # [BD, BH]
             b_y = dot(b_w, (a * b_h).to(OP), b_y, sizes.PRECISION)
-            b_w = load_t(p_S, j + o_h, m_h, o_d, m_d, D).to(OP)
-            b_y = dot(b_w, (c * b_h).to(OP), b_y, sizes.PRECISION)
+            if sizes.EARLIER:
+                b_w = load_t(p_S, j + o_h, m_h, o_d, m_d, D).to(OP)
+                b_y = dot(b_w, (c * b_h).to(OP), b_y, sizes.PRECISION)
     return (b_g[:, None] * b_xx).to(OP), b_y
 
 
@@ -240,8 +249,9 @@ def products(layer, coefficient, place, rows, j, hidden, i_l: tl.constexpr, size
         b_x = load_t(p_x, o_c, m_c, i + o_h, m_i, HIDDEN).to(ACC)  # [BH, BC]
         b_w = load_t(p_W, i + o_h, m_i, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BH]
         b_z = dot(b_w, (a * b_x).to(OP), b_z, sizes.PRECISION)
-        b_w = load_t(p_S, i + o_h, m_i, j + o_h, m_h, HIDDEN).to(OP)
-        b_z = dot(b_w, (c * b_x).to(OP), b_z, sizes.PRECISION)
+        if sizes.EARLIER:
+            b_w = load_t(p_S, i + o_h, m_i, j + o_h, m_h, HIDDEN).to(OP)
+            b_z = dot(b_w, (c * b_x).to(OP), b_z, sizes.PRECISION)
     return b_z
 
 
@@ -295,8 +305,9 @@ def hidden_errors(
         if i_l + 1 == sizes.DEPTH:
             b_w = load(p_W, j + o_h, m_h, o_d, m_d, D).to(OP)  # [BH, BD]
             b_h = dot(b_w, b_ae, None, sizes.PRECISION)
-            b_w = load(p_S, j + o_h, m_h, o_d, m_d, D).to(OP)
-            b_h = dot(b_w, b_ce, b_h, sizes.PRECISION)
+            if sizes.EARLIER:
+                b_w = load(p_S, j + o_h, m_h, o_d, m_d, D).to(OP)
+                b_h = dot(b_w, b_ce, b_h, sizes.PRECISION)
         else:
             b_h = tl.zeros([BH, sizes.BC], ACC)
             for i in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
@@ -305,16 +316,18 @@ def hidden_errors(
                 b_d = load_t(p_o, o_c, m_c, i + o_h, m_i, HIDDEN)  # [BH, BC]
                 b_w = load(p_W, j + o_h, m_h, i + o_h, m_i, HIDDEN).to(OP)  # [BH, BH]
                 b_h = dot(b_w, (a * b_d).to(OP), b_h, sizes.PRECISION)
-                b_w = load(p_S, j + o_h, m_h, i + o_h, m_i, HIDDEN).to(OP)
-                b_h = dot(b_w, (c * b_d).to(OP), b_h, sizes.PRECISION)
-        b_x = load_t(p_x, o_i, m_p, j + o_h, m_h, HIDDEN)  # [BH, BT]
-        b_h = dot(b_x, b_s, b_h, sizes.PRECISION)
+                if sizes.EARLIER:
+                    b_w = load(p_S, j + o_h, m_h, i + o_h, m_i, HIDDEN).to(OP)
+                    b_h = dot(b_w, (c * b_d).to(OP), b_h, sizes.PRECISION)
+        if sizes.EARLIER:
+            b_x = load_t(p_x, o_i, m_p, j + o_h, m_h, HIDDEN)  # [BH, BT]
+            b_h = dot(b_x, b_s, b_h, sizes.PRECISION)
         b_z = load_t(p_z, o_c, m_c, j + o_h, m_h, HIDDEN)
         if KEEP:
             store_t(p_e, b_h, o_c, m_c, j + o_h, m_h, HIDDEN)
         b_h = b_h * slope(b_z, sizes.ACTIVATION)
         store_t(p_d, b_h, o_c, m_c, j + o_h, m_h, HIDDEN)
-        if i_l > 1:
+        if sizes.EARLIER and i_l > 1:
             b_d = load(p_d, o_i, m_p, j + o_h, m_h, HIDDEN).to(OP)  # [BT, BH]
             b_dd = dot(b_d, b_h.to(OP), b_dd, sizes.PRECISION)
     return b_dd
