@@ -129,6 +129,66 @@ def test_a_loop_of_one_turn_may_be_none():
     assert found == executed.executed(executed.sass(NEST), SOURCE)
 
 
+PTX = """
+.visible .entry kernel(
+	.param .u32 kernel_param_0
+)
+.reqntid 128
+{
+	.reg .pred 	%p<3>;
+	.loc	1 20 30
+// %bb.0:
+	ld.param.b32 	%r1, [kernel_param_0];
+	@%p1 bra 	$L__BB0_3;
+$L__BB0_1:                              // =>This Inner Loop Header: Depth=1
+	// begin inline asm
+	mov.u32 %r2, 0x0;
+	@%p2 ld.global.v4.b32 { %r2, %r3,
+	%r4, %r5 }, [ %rd1 + 0 ];
+	// end inline asm
+	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r6 }, { %r2 }, { %r3 }, { %r6 };
+	fma.rn.f32 %r6, %r6, %r2, %r3; fma.rn.f32 %r7, %r6, %r2, %r3;
+	ex2.approx.f32 %r7, %r7;
+	add.s32 %r8, %r8, 1;
+	add.s32 %r9, %r9, 1;
+	add.s32 %r10, %r10, 1;
+	add.s32 %r11, %r11, 1;
+	setp.lt.s32 %p1, %r8, %r1;
+	bar.sync 	0;
+	@%p1 bra 	$L__BB0_1;
+	bra.uni 	$L__BB0_3;
+$L__BB0_2:
+	trap;
+$L__BB0_3:
+	ret;
+}
+	.file	1 "kernel.py"
+"""
+
+
+def test_ptx():
+    """Statements as they end, not lines; what nothing reaches does not count."""
+    code = executed.ptx(PTX)
+    times = dict.fromkeys(x.name for x in code.instructions)
+    for instruction, n in zip(code.instructions, executed.turns(code, [Loop(0, 6)]), strict=True):
+        times[instruction.name] = (times[instruction.name] or 0) + n
+    assert times == {
+        "ld.param.b32": 1,
+        "bra": 1 + 6,
+        "mov.u32": 6,
+        "ld.global.v4.b32": 6,
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": 6,
+        "fma.rn.f32": 12,
+        "ex2.approx.f32": 6,
+        "add.s32": 24,
+        "setp.lt.s32": 6,
+        "bar.sync": 6,
+        "bra.uni": 1,
+        "trap": 0,
+        "ret": 1,
+    }
+
+
 GCN = """
 kernel:
 	s_load_dwordx2 s[0:1], s[4:5], 0x0

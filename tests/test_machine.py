@@ -34,6 +34,33 @@ def test_the_package_decodes_and_trains_on_the_compilers_code():
         assert row["products"] > 10, "no tensor cores"
 
 
+def test_what_is_executed_is_what_is_counted_along_loops():
+    """PTX and machine code, counted without executing them, against the emulator's count."""
+    records = [json.loads(line) for line in run(".counts").splitlines()]  # fails where they differ
+    kernels = {record["kernel"]: record["counts"] for record in records}
+    assert len(records) == 12 and len(kernels) == 8
+    exact = ("product", "matrix load", "barrier", "shuffle", "shared load", "shared store")
+    for form in exact:
+        executed, text, machine = kernels["scan_backward"][form]
+        assert executed == text == machine > 10_000
+
+
+def test_counts_that_differ_are_named():
+    from triton_support.machine.counts import disagreements
+
+    same = {"product": [100, 102, 98], "special": [100, 99, 0], "other": [100, 160, 300]}
+    assert not disagreements("scan", same)
+    for form, other in (
+        ("product", [100, 103, 100]),
+        ("product", [100, 100, 97]),
+        ("special", [103, 100, 0]),
+        ("other", [103, 100, 300]),
+    ):
+        (found,) = disagreements("scan", same | {form: other})
+        assert found.startswith(f"scan: {form}: {other[0]} executed")
+    assert not disagreements("coefficients", {"float": [100, 130, 0]})
+
+
 @pytest.mark.wide
 @pytest.mark.parametrize("case", ["D 64", "D 64, chunk 64", "D 64, packed", "D 128"])
 def test_tiles_that_ship(case):

@@ -215,6 +215,35 @@ def flop(name: str) -> float:
     return 0.0
 
 
+_PTX_LABEL = re.compile(r"(\$\w+):$")
+_PTX = re.compile(r"(@!?%\w+\s+)?(\S+)\s*(.*)", re.DOTALL)
+
+
+def ptx(text: str) -> Code:
+    """Of the "ptx" of a compiled kernel: statements as a GPU would issue them, were it PTX's."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    rest = ""
+    for line in text[text.index("\n{") + 2 :].splitlines():
+        line = line.split("//")[0].strip()
+        if line == "}":
+            break
+        if not line or line.startswith("."):
+            continue
+        if label := _PTX_LABEL.match(line):
+            labels[label[1]] = len(instructions)
+            continue
+        *statements, rest = f"{rest} {line}".split(";")
+        for statement in statements:
+            match = _PTX.match(statement.strip())
+            assert match, statement
+            predicate, name, operands = match.groups()
+            target = operands.strip() if name in ("bra", "bra.uni") else None
+            ends = not predicate and name in ("bra", "bra.uni", "ret", "exit")
+            instructions.append(Instruction(name, target, ends))
+    return Code(instructions, labels)
+
+
 # ---------------------------------------------------------------------------------------------- AMD
 
 _GCN_LABEL = re.compile(r"^(\.LBB\w+):")

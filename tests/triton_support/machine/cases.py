@@ -27,6 +27,7 @@ class Case:
 SMALL = (
     Case("two layers", tile=(32, 32), seeds=6),
     Case("depth 1", hidden=16, depth=1, tile=(32, 32), seeds=6),
+    Case("three layers", depth=3, tile=(32, 32), seeds=6),
     Case("chunk over blocks", T=90, chunk=40, tile=(16, 16), norm=False, seeds=6),
     Case("short chunks", T=70, chunk=4, tile=(16, 16), seeds=6),
     Case("padded head dimension", T=70, D=48, hidden=64, tile=(64, 32, 16, 16), seeds=6),
@@ -45,3 +46,11 @@ SHIPPED = (
     Case("D 128", T=90, D=128, hidden=512, seeds=2),
 )
 CASES = {case.name: case for case in (*SMALL, *SHIPPED)}
+# Full blocks, and as many as a launch has programs for: what is executed can be counted beforehand.
+COUNTED = {
+    case.name: case
+    for case in (
+        Case("counted", T=512, H=1, tile=(32, 32)),
+        Case("D 64, counted", T=1024, H=1, D=64, hidden=256),
+    )
+}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from math import prod
 from typing import Any
 from unittest import mock
 
@@ -15,7 +16,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.machine_code.offline import _StandIn
+from benchmarks.machine_code.offline import _integers, _StandIn
 
 from .decode import Program, parse
 from .program import Found, Memory, execute
@@ -33,8 +34,12 @@ def executing(
     late: bool = True,
     poison: bool = False,
     edit: Edit | None = None,
+    assemble: bool = False,
 ) -> Iterator[list[Found]]:
-    """Execute what is launched inside; the list grows by what each launch showed."""
+    """Execute what is launched inside; the list grows by what each launch showed.
+
+    With `assemble`, ptxas makes machine code too: it is not executed, but can be counted.
+    """
     found: list[Found] = []
     run = JITFunction.run
 
@@ -63,16 +68,21 @@ def executing(
             )
         )
         found[-1].kernel = self.__name__
+        found[-1].compiled, found[-1].programs = compiled, prod(sides)
+        kinds = compiled.src.signature
+        defaults = {p.name: p.default for p in self.params}
+        given = [(defaults | given)[name] for name in kinds]
+        found[-1].integers = list(_integers([*kinds.values()], given))
         return compiled
 
-    with (
-        # ptxas is not needed, and takes longer than all before it. What is compiled without it
-        # is kept apart, so that no other process finds kernels with no machine code.
-        mock.patch.object(CUDABackend, "make_cubin", lambda *_: b""),
-        mock.patch.object(type(triton.knobs.cache), "dir", CACHE),
-        mock.patch.object(JITFunction, "run", launch),
-        mock.patch.object(driver, "_active", _StandIn(arch)),
-    ):
+    with ExitStack() as stack:
+        if not assemble:
+            # ptxas is not needed, and takes longer than all before it. What is compiled without it
+            # is kept apart, so that no other process finds kernels with no machine code.
+            stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", lambda *_: b""))
+            stack.enter_context(mock.patch.object(type(triton.knobs.cache), "dir", CACHE))
+        stack.enter_context(mock.patch.object(JITFunction, "run", launch))
+        stack.enter_context(mock.patch.object(driver, "_active", _StandIn(arch)))
         yield found
 
 

@@ -8,6 +8,7 @@ import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -63,12 +64,18 @@ class Memory:
 
 @dataclass
 class Found:
-    """Of one launch: COUNTERS, executed instructions of a warp by operation, notes."""
+    """Of one launch: COUNTERS, executed instructions of a warp by operation, notes.
+
+    What was compiled, the launch's integers and its programs are for counts along loops.
+    """
 
     kernel: str
     counts: dict[str, int]
     operations: Counter = field(default_factory=Counter)
     notes: str = ""
+    compiled: Any = None
+    integers: Sequence[int] = ()
+    programs: int = 0
 
     @property
     def faults(self) -> dict[str, int]:
