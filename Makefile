@@ -101,7 +101,7 @@ static: $(READY) $(OTHER) ## Compile the shipped kernels for every GPU and judge
 
 EXECUTE := PYTHONPATH=.:tests $(ONE_THREAD) $(PY) -m triton_support.machine
 EXECUTE_OTHER := PYTHONPATH=$(OTHER):.:tests $(ONE_THREAD) $(PY) -m triton_support.machine
-EXECUTED := $(VENV)/machine.jsonl
+EXECUTED := benchmarks/results/machine.jsonl
 machine: $(READY) $(OTHER) ## Execute the kernels' PTX without a GPU (long): docs/machine.md
 	$(EXECUTE).proof --arch sm_80
 	$(EXECUTE).proof --arch sm_90
@@ -109,7 +109,9 @@ machine: $(READY) $(OTHER) ## Execute the kernels' PTX without a GPU (long): doc
 	$(EXECUTE) --arch sm_80 > $(EXECUTED)
 	$(EXECUTE) --arch sm_90 --cases shipped >> $(EXECUTED)
 	$(EXECUTE_OTHER) --arch sm_80 >> $(EXECUTED)
-	$(EXECUTE).table $(EXECUTED)
+	$(EXECUTE).counts --arch sm_80 --case "D 64, counted" >> $(EXECUTED)
+	$(EXECUTE).counts --arch sm_90 --case "D 64, counted" >> $(EXECUTED)
+	$(EXECUTE).table
 
 bench: $(READY) ## Time the operators and their peers
 	$(PY) -m benchmarks

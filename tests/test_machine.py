@@ -74,7 +74,16 @@ def test_the_page_is_made_of_records():
     row = {"case": "D 64", "arch": "sm_80", "triton": "3.9.0", "dtype": "bfloat16", "tile": "64x64"}
     done = row | {"error": 0.0035, "rms": 1.07, "instructions": 11126.0, "products": 672.0}
     done["kernels"] = {"scan_backward": [4828.0, 236.0]}
-    page = table.page([done, row | {"failed": "a | b"}])
-    assert "| D 64 | sm_80 | 3.9.0 | bfloat16 | 64x64 | 3.5e-03 | 1.07 | 11,126 | 672.0 |" in page
+    done["commit"] = "85bf86d"
+    page = table.page([done, row | {"failed": "a | b", "commit": ""}])
+    assert "| 64x64 | 3.5e-03 | 1.07 | 11,126 | 672.0 | 85bf86d |" in page
     assert "| D 64 | sm_80 | 3.9.0 | bfloat16 | failed: a / b |" in page
     assert "| scan_backward | 4,828 | 236.0 | 236.0 |" in page  # the last column is the formula's
+    form = {"case": "counted", "arch": "sm_80", "triton": "3.9.0"}
+    scan = form | {"kernel": "scan", "counts": {"product": [512, 1024, 512], "float": [512, 0, 9]}}
+    gates = form | {"kernel": "coefficients", "counts": {"float": [256, 512, 0]}}
+    page = table.page([scan, scan, gates])
+    assert "| sm_80 | 3.9.0 | product | 2.0 | 4.0 | 2.0 |\n" in page
+    assert "| sm_80 | 3.9.0 | float | 2.0 | 0.0 |  |\n" in page
+    assert "| sm_80 | 3.9.0 | coefficients | 0.5 | 1.0 |  |\n" in page
+    assert table.page(table.recorded()) == table.PAGE.read_text(encoding="utf-8")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import torch
 import triton
@@ -18,6 +20,13 @@ from .sequence import run
 
 SETS = {"small": SMALL, "shipped": SHIPPED, "all": tuple(CASES.values())}
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def kernels() -> str:
+    """The commit of the kernels; "" where sources have no history."""
+    command = ["git", "log", "-1", "--format=%h", "--", "titans_kernels/kernels"]
+    root = Path(__file__).parents[3]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
 
 
 def main() -> int:
@@ -37,7 +46,7 @@ def main() -> int:
                 traceback.print_exc()
                 record = {"case": case.name, "arch": options.arch, "dtype": dtype}
                 record |= {"triton": triton.__version__, "failed": str(error).splitlines()[0]}
-            print(json.dumps(record), flush=True)
+            print(json.dumps(record | {"commit": kernels()}), flush=True)
     return failed
 
 

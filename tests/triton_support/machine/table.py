@@ -1,17 +1,20 @@
-"""docs/machine.md, from what was executed: `python -m triton_support.machine.table RECORDS...`"""
+"""docs/machine.md, from what was executed: `python -m triton_support.machine.table`"""
 
 from __future__ import annotations
 
 import json
-import sys
+from collections import Counter
 from pathlib import Path
 
 from benchmarks.machine_code import model
 
-from .cases import CASES, Case
+from .cases import CASES, COUNTED, Case
+from .counts import BRANCHES, FORMS
 
 PRICED = ("D 64", "D 64, forward only")  # whole blocks: the formulas count no padding
-PAGE = Path(__file__).parents[3] / "docs" / "machine.md"
+ROOT = Path(__file__).parents[3]
+PAGE = ROOT / "docs" / "machine.md"
+RECORD = ROOT / "benchmarks" / "results" / "machine.jsonl"
 INTRODUCTION = """\
 # The machine's own code, executed without the machine
 
@@ -29,14 +32,15 @@ the launch wrote, or a barrier that not every warp reaches.
   PyTorch backend's, at most 4).
 - **instructions**, **products**: of warps, and of tensor cores, executed a token and head. Products
   are `mma.sync` or a warp's part of `wgmma`.
+- **kernels**: the commit of `titans_kernels/kernels` that was executed.
 
 Only the rows below were run. Not executed: ptxas and its machine code, timing, races between lanes
 of one warp, sm_100, AMD. `make machine` runs all cases and writes this page.
 
 """
 HEAD = (
-    "| case | GPU | Triton | dtype | tile | error | ratio | instructions | products |\n"
-    "|---|---|---|---|---|---|---|---|---|\n"
+    "| case | GPU | Triton | dtype | tile | error | ratio | instructions | products | kernels |\n"
+    "|---|---|---|---|---|---|---|---|---|---|\n"
 )
 KERNELS = """
 ## By kernel
@@ -49,6 +53,27 @@ compute alike.
 
 | case | GPU | Triton | dtype | kernel | instructions | products | by formula |
 |---|---|---|---|---|---|---|---|
+"""
+COUNTS = """
+## Counted without executing
+
+What the emulator executes, and the same instructions counted along loops: every instruction of the
+PTX text, times the turns of its loops by Triton's own IR, times warps and programs
+(`python -m triton_support.machine.counts`). Machine code (SASS, by ptxas) is counted so too, in the
+forms that ptxas translates one to one. All kernels of forward and backward in bfloat16, a token and
+head, the kernels of coefficients in the rows "coefficients" alone. Counts of a kernel that differ
+by more than 2% fail `tests/test_machine.py`, with these exceptions, in which the count along loops
+is a bound from above and is held to be one:
+
+- global loads, global stores, other (integers, moves, predicates, branches): the count along loops
+  has both sides of a branch, and code that only some turns reach in every turn;
+- all of the kernels of coefficients: their work at the end of a chunk stands behind a branch.
+
+Not compared with machine code: special functions, float and other, which ptxas merges, hoists and
+expands (a division is several instructions there); global accesses, which it merges.
+
+| GPU | Triton | form | executed | along loops of PTX | of machine code |
+|---|---|---|---|---|---|
 """
 PRODUCT = 16 * 8 * 16 * 2  # FLOP of one m16n8k16
 
@@ -65,17 +90,43 @@ def _cells(*cells: object) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |\n"
 
 
+def _counted(records: list[dict]) -> str:
+    """A row of every form that kernels have, all kernels but those of coefficients together."""
+    rows = ""
+    places = {(r["case"], r["arch"], r["triton"]) for r in records}
+    for case, arch, version in sorted(places):
+        tokens = COUNTED[case].T * COUNTED[case].H
+        sums: dict[str, Counter[int]] = {}
+        for r in records:
+            if (r["case"], r["arch"], r["triton"]) == (case, arch, version):
+                for form, counts in r["counts"].items():
+                    name = "coefficients" if r["kernel"] in BRANCHES else form
+                    sums.setdefault(name, Counter()).update(dict(enumerate(counts)))
+        for form in (*FORMS, "coefficients"):
+            if form in sums:
+                cells = [f"{sums[form][i] / tokens:,.1f}" for i in range(3)]
+                exact = form in FORMS and FORMS[form].sass and not FORMS[form].bound
+                cells[2] = cells[2] if exact else ""
+                rows += _cells(arch, version, form, *cells)
+    return rows
+
+
 def page(records: list[dict]) -> str:
     """The page; a record that failed stands in it by its error."""
     rows, kernels = "", ""
+    counted = _counted([r for r in records if "counts" in r])
     for r in records:
+        if "counts" in r:
+            continue
         where = (r["case"], r["arch"], r["triton"], r["dtype"])
         if "failed" in r:
-            rows += _cells(*where, "failed: " + r["failed"].replace("|", "/"), *[""] * 4)
+            rows += _cells(
+                *where, "failed: " + r["failed"].replace("|", "/"), *[""] * 4, r["commit"]
+            )
             continue
         counts = (f"{r['instructions']:,.0f}", f"{r['products']:.1f}")
         error, ratio = f"{r['error']:.1e}", f"{r['rms']:.2f}"
-        rows += _cells(*where, r["tile"], error, ratio, *counts)
+        rows += _cells(*where, r["tile"], error, ratio, *counts, r["commit"])
         # A warp's part of a wgmma is larger than the m16n8k16 that formulas are counted in.
         if r["case"] in PRICED and r["dtype"] != "float32" and r["arch"] == "sm_80":
             block = int(r["tile"].split("x")[0])
@@ -83,12 +134,16 @@ def page(records: list[dict]) -> str:
                 paper = by_formula(name, CASES[r["case"]], block)
                 cells = (f"{instructions:,.0f}", f"{products:.1f}", f"{paper:.1f}")
                 kernels += _cells(*where, name, *cells)
-    return INTRODUCTION + HEAD + rows + (KERNELS + kernels if kernels else "")
+    parts = [HEAD + rows, KERNELS + kernels if kernels else "", COUNTS + counted if counted else ""]
+    return INTRODUCTION + "".join(parts)
+
+
+def recorded() -> list[dict]:
+    return [json.loads(line) for line in RECORD.read_text(encoding="utf-8").splitlines()]
 
 
 def main() -> None:
-    lines = [line for path in sys.argv[1:] for line in Path(path).read_text().splitlines()]
-    PAGE.write_text(page([json.loads(line) for line in lines]), encoding="utf-8")
+    PAGE.write_text(page(recorded()), encoding="utf-8")
 
 
 if __name__ == "__main__":
