@@ -30,10 +30,19 @@ def block_of(token, i_n, block, sizes):
 
 
 @triton.jit
+def slot_of(i_n, i_block, blocks, i_h, sizes):
+    """A block of the group and a head as one number, as scratch is laid out.
+
+    The product is of 32 bits, in fewer instructions: scratch of 2^31 blocks fits no memory.
+    """
+    return ((i_n.to(tl.int32) * blocks + i_block) * sizes.H + i_h).to(tl.int64)
+
+
+@triton.jit
 def query_of(token, i_n, first):
-    """Token `first + t` has query `query + t`, where `before + t` is not negative."""
+    """Token `first + t` has query `i_q + t`, but the block's first `tail` tokens have none."""
     before = first - tl.load(token.bounds + 2 * i_n) - tl.load(token.tail + i_n)
-    return tl.load(token.query + i_n) + before, before
+    return tl.load(token.query + i_n) + before, tl.maximum(-before, 0).to(tl.int32)
 
 
 @triton.jit
@@ -54,7 +63,7 @@ def start_block(i_n, i_block, i_h, group, blocks, sizes):
     begun = i_block
     if sizes.SPAN > 1:
         begun = i_block - (group + i_block) % sizes.SPAN
-    return (i_n * blocks + begun) * sizes.H + i_h, begun
+    return slot_of(i_n, begun, blocks, i_h, sizes), begun
 
 
 @triton.jit

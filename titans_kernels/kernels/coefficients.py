@@ -10,7 +10,7 @@ rows of a block.
 import triton
 import triton.language as tl
 
-from .blocks import block_of
+from .blocks import block_of, slot_of
 
 
 @triton.jit(do_not_specialize=["group"])
@@ -31,7 +31,7 @@ def coefficients_kernel(
         return
     o_t = tl.arange(0, BT)
     o_gate = (first * H + i_h) * L + i_l
-    i_g = ((i_n * tl.num_programs(1) + i_block) * H + i_h) * L + i_l
+    i_g = slot_of(i_n, i_block, tl.num_programs(1), i_h, sizes) * L + i_l
     p_end = coefficient.end + i_g * (4 + 2 * BT)
 
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
@@ -40,6 +40,7 @@ def coefficients_kernel(
     c = tl.full([], 0.0, ACC)
     b_P = tl.zeros([BT], ACC)
     b_G = tl.zeros([BT], ACC)
+    b_a, b_c, b_p = b_G, b_G, b_G
     if end == 0:
         tl.store(p_end, a)
         tl.store(p_end + 1, c)
@@ -56,11 +57,10 @@ def coefficients_kernel(
             a = keep * a
             c = keep * c + p
             b_G = keep * b_G + b_P
-        tl.store(coefficient.a + i_g * BT + t, a)
-        tl.store(coefficient.c + i_g * BT + t, c)
+        b_a, b_c = tl.where(o_t == t, a, b_a), tl.where(o_t == t, c, b_c)
         tl.store(coefficient.G + (i_g * BT + t) * BT + o_t, b_G)
         if KEEP:
-            tl.store(coefficient.p + i_g * BT + t, p)
+            b_p = tl.where(o_t == t, p, b_p)
             tl.store(coefficient.P + (i_g * BT + t) * BT + o_t, b_P)
         if t + 1 == end:
             tl.store(p_end, a)
@@ -68,3 +68,7 @@ def coefficients_kernel(
             tl.store(p_end + 2, p)
             tl.store(p_end + 4 + o_t, b_G)
             tl.store(p_end + 4 + BT + o_t, b_P)
+    tl.store(coefficient.a + i_g * BT + o_t, b_a)
+    tl.store(coefficient.c + i_g * BT + o_t, b_c)
+    if KEEP:
+        tl.store(coefficient.p + i_g * BT + o_t, b_p)

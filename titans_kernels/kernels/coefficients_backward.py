@@ -14,7 +14,7 @@ Grid: (sequences, blocks, heads x layers with gates of their own).
 import triton
 import triton.language as tl
 
-from .blocks import block_of
+from .blocks import block_of, slot_of
 
 
 @triton.jit(do_not_specialize=["group"])
@@ -38,7 +38,7 @@ def coefficients_backward_kernel(
         return
     o_t = tl.arange(0, BT)
     o_gate = (first * H + i_h) * L + i_l
-    i_b = (i_n * tl.num_programs(1) + i_block) * H + i_h
+    i_b = slot_of(i_n, i_block, tl.num_programs(1), i_h, sizes)
     i_g = i_b * L + i_l
     p_a = coefficient.a + i_g * BT
     p_c = coefficient.c + i_g * BT

@@ -15,7 +15,7 @@ Grid: (sequences, blocks, heads), everything parallel.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, query_of, query_row, start_block, start_row, start_state
+from .blocks import block_of, query_of, query_row, slot_of, start_block, start_row, start_state
 from .operands import dot, load, load_t, store, store_t
 from .retrieve_backward import add_rows, errors_backward
 
@@ -56,7 +56,7 @@ def inputs_backward_kernel(
         return
     o_t, o_h = tl.arange(0, BT), tl.arange(0, BH)
     m_t = o_t < count
-    i_b = (i_n * blocks + i_block) * H + i_h
+    i_b = slot_of(i_n, i_block, blocks, i_h, sizes)
     i_a = i_b * sizes.L * BT
     if STARTS:
         i_s, start = i_n * H + i_h, start_block(i_n, i_block, i_h, group, blocks, sizes)
@@ -77,8 +77,8 @@ def inputs_backward_kernel(
         p_h, p_dh = p_k, grad.token.k + (first * H + i_h) * D
         p_g = p_dd
     else:
-        i_q, before = query_of(token, i_n, first)
-        m_h, o_row = m_t & (before + o_t >= 0), query_row(o_t, sizes)
+        i_q, tail = query_of(token, i_n, first)
+        m_h, o_row = m_t & (o_t >= tail), query_row(o_t, sizes)
         o_q = (i_q * H + i_h) * D
         p_h, p_do, p_dh = query.q + o_q, query.o + o_q, grad.token.q + o_q
         p_g = query_layers[0].z + i_b * BT * HIDDEN

@@ -33,10 +33,11 @@ def recall_kernel(
     i_h = tl.program_id(1)
     first, end = tl.load(p_cu + i_n).to(tl.int64), tl.load(p_cu + i_n + 1).to(tl.int64)
     first += i_t * sizes.BT
-    if first >= end:
+    count = tl.minimum(end - first, sizes.BT).to(tl.int32)
+    if count <= 0:
         return
     o_t, o_d, o_h = tl.arange(0, sizes.BT), tl.arange(0, sizes.BD), tl.arange(0, BH)
-    m_t, m_d = first + o_t < end, o_d < D
+    m_t, m_d = o_t < count, o_d < D
     i_s, o_x = i_n * H + i_h, (first * H + i_h) * HIDDEN
     p_q += (first * H + i_h) * D
     p_o += (first * H + i_h) * D
@@ -46,7 +47,7 @@ def recall_kernel(
     if LAST == 0:
         for j in tl.range(0, hidden, BH, disable_licm=True):
             m_h = j + o_h < D
-            b_q = load_t(p_q, o_t, m_t, j + o_h, m_h, H * D)  # [BH, BT]
+            b_q = load_t(p_q + j, o_t, m_t, o_h, m_h, H * D)  # [BH, BT]
             b_w = load_t(p_W, j + o_h, m_h, o_d, m_d, D)  # [BD, BH]
             b_y = dot(b_w, b_q, b_y, sizes.PRECISION)
     else:

@@ -11,7 +11,7 @@ states, inputs and errors that `scan` left.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, query_of, query_row, start_block, start_state
+from .blocks import block_of, query_of, query_row, slot_of, start_block, start_state
 from .network import activate, head
 from .operands import dot, load, load_t, store_t
 
@@ -34,16 +34,17 @@ def retrieve_kernel(
     BT: tl.constexpr = sizes.BT
     BQ: tl.constexpr = sizes.BQ
     LAST: tl.constexpr = sizes.DEPTH - 1
-    i_n, i_block, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) % H
-    skipped = tl.program_id(2) // H * BQ  # queries of the block, to others
+    i_n, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_h = tl.program_id(2) // (BT // BQ)
+    skipped = tl.program_id(2) % (BT // BQ) * BQ  # queries of the block, to others
     first, count, _ = block_of(token, i_n, group + i_block, sizes)
     if count <= skipped:
         return
-    i_b = (i_n * tl.num_programs(1) + i_block) * H + i_h
-    i_q, before = query_of(token, i_n, first)
+    i_b = slot_of(i_n, i_block, tl.num_programs(1), i_h, sizes)
+    i_q, tail = query_of(token, i_n, first)
     o_q, o_t, o_d = skipped + tl.arange(0, BQ), tl.arange(0, BT), tl.arange(0, sizes.BD)
     m_t, m_d = o_t < count, o_d < D
-    m_r, m_q = o_q < count, (o_q < count) & (before + o_q >= 0)
+    m_r, m_q = o_q < count, (o_q < count) & (o_q >= tail)
 
     OP: tl.constexpr = token.k.dtype.element_ty
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
@@ -128,7 +129,7 @@ def only_layer(p_q, layer, b_W, b_S, place, m_q, hidden, sizes):
     p_W, p_S = state_of(layer, place, 0, sizes)
     for j in tl.range(0, hidden, sizes.BH, disable_licm=True):
         m_h = j + o_h < D
-        b_x = load_t(p_q, o_q, m_q, j + o_h, m_h, sizes.H * D)  # [BH, BQ]
+        b_x = load_t(p_q + j, o_q, m_q, o_h, m_h, sizes.H * D)  # [BH, BQ]
         b_w = load_t(p_W, j + o_h, m_h, o_d, m_d, D)  # [BD, BH]
         b_W = dot(b_w, b_x, b_W, sizes.PRECISION)
         if sizes.HISTORY:

@@ -17,7 +17,7 @@ every tensor of the scratch once.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, query_of, query_row, start_block, start_state
+from .blocks import block_of, query_of, query_row, slot_of, start_block, start_state
 from .network import head_backward, slope
 from .operands import dot, load, load_t, store, store_t
 
@@ -43,7 +43,7 @@ def retrieve_backward_kernel(
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
     i_n, i_block, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     first, count, _ = block_of(token, i_n, group + i_block, sizes)
-    i_b = (i_n * tl.num_programs(1) + i_block) * H + i_h
+    i_b = slot_of(i_n, i_block, tl.num_programs(1), i_h, sizes)
     o_t, o_d = tl.arange(0, BT), tl.arange(0, sizes.BD)
     m_t, m_d = o_t < count, o_d < D
     p_dnorm = grad.norm + i_b * 2 * D
@@ -52,8 +52,8 @@ def retrieve_backward_kernel(
             tl.store(p_dnorm + o_d, tl.zeros([sizes.BD], ACC), mask=m_d)
             tl.store(p_dnorm + D + o_d, tl.zeros([sizes.BD], ACC), mask=m_d)
         return
-    i_q, before = query_of(token, i_n, first)
-    m_q = m_t & (before + o_t >= 0)
+    i_q, tail = query_of(token, i_n, first)
+    m_q = m_t & (o_t >= tail)
     start = start_block(i_n, i_block, i_h, group, tl.num_programs(1), sizes)
 
     p_y, p_part = query_layers[LAST].z + i_b * BT * D, query.parts + i_b * 2 * BT * D

@@ -18,7 +18,7 @@ barrier stands between; loops that store what they load are not pipelined.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, history, start_row, weights_of
+from .blocks import block_of, history, slot_of, start_row, weights_of
 from .network import activate, error, slope
 from .operands import dot, load, load_t, store_t
 
@@ -45,7 +45,7 @@ def scan_kernel(
     for i_block in tl.range(0, blocks, num_stages=1, disable_licm=True):
         first, count, learned = block_of(token, i_n, group + i_block, sizes)
         if count > 0:
-            i_b = (i_n * blocks + i_block) * H + i_h
+            i_b = slot_of(i_n, i_block, blocks, i_h, sizes)
             o_k = (first * H + i_h) * sizes.D
             p_k, p_v = token.k + o_k, token.v + o_k
             i_w = i_b if sizes.SPAN == 1 else i_s  # of the state that keys read

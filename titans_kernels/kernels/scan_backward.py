@@ -17,7 +17,7 @@ and what it holds then fills registers all along.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, query_of, start_block, start_row
+from .blocks import block_of, query_of, slot_of, start_block, start_row
 from .chunk_backward import chunk_backward
 from .state_backward import advance_backward, hand_back
 
@@ -53,7 +53,7 @@ def scan_backward_kernel(
         i_block = blocks - 1 - back
         first, count, _ = block_of(token, i_n, group + i_block, sizes)
         if count > 0:
-            i_b = (i_n * blocks + i_block) * H + i_h
+            i_b = slot_of(i_n, i_block, blocks, i_h, sizes)
             m_i = o_i < count
             place = (i_s, i_b, m_i)
             o_k = (first * H + i_h) * D
@@ -88,8 +88,8 @@ def scan_backward_kernel(
                 tl.debug_barrier()
 
             # What all that read the state in this block give it.
-            i_q, before = query_of(token, i_n, first)
-            m_q, o_row = m_i & (before + o_i >= 0), start_row(o_i, sizes)
+            i_q, tail = query_of(token, i_n, first)
+            m_q, o_row = m_i & (o_i >= tail), start_row(o_i, sizes)
             p_q = query.q + (i_q * H + i_h) * D
             begins = (group + i_block) % sizes.SPAN == 0
             da = tl.full([], 0.0, ACC)
