@@ -1,9 +1,7 @@
-"""The layer against a plain composition that shares no code with it, and as a part of models."""
+"""The layer against a plain composition that shares no code with it: exact, cut, packed, stable."""
 
 import copy
-import doctest
 import importlib
-import io
 import itertools
 import os
 import subprocess
@@ -11,69 +9,15 @@ import sys
 
 import pytest
 import torch
+from layer_cases import all_close, close, ends_of, gradients, randn, same_gradients, small_layer
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 import reference
 from titans_kernels import NeuralMemory
 from titans_kernels import neural_memory as operator
-from titans_kernels.layers import LayerState
-from titans_kernels.layers.convolution import ShortConvolution, convolve
 
 # The module: titans_kernels.layers.neural_memory the name could be mistaken for the operator.
 module = importlib.import_module("titans_kernels.layers.neural_memory")
-
-SMALL = {"heads": 2, "dim_head": 4, "expansion": 2, "dtype": torch.float64}
-
-
-def _layer(seed=0, dim=10, **options):
-    torch.manual_seed(seed)
-    layer = NeuralMemory(dim, **(SMALL | options))
-    with torch.no_grad():  # off their initial values, so that each of them matters
-        for name, p in layer.named_parameters():
-            if p.dim() == 1:
-                p.add_(0.3 * torch.randn_like(p))
-            elif "norm" in name:
-                p.add_(0.1 * p.abs().max().clamp(0.1) * torch.randn_like(p))
-        layer.alpha_bias.add_(2)
-    return layer
-
-
-def _randn(*shape, seed=1, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def _close(name, actual, expected, tolerance):
-    assert actual.shape == expected.shape, f"{name}: {actual.shape} is not {expected.shape}"
-    if actual.numel():
-        error = (actual - expected).abs().max().item()
-        bound = tolerance * expected.abs().max().item() + 1e-300
-        assert error <= bound, f"{name}: error {error:.1e}, bound {bound:.1e}"
-
-
-def _all_close(name, actual, expected, tolerance):
-    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
-        _close(f"{name}[{i}]", x, y, tolerance)
-
-
-def _cotangent(tensors):
-    """A scalar that weighs every entry of the tensors differently."""
-    return sum((x * _randn(*x.shape, seed=i)).sum() for i, x in enumerate(tensors))
-
-
-def _gradients(layer, outputs, *others):
-    """Gradients of the parameters and of other leaves, by name."""
-    named = dict(layer.named_parameters()) | {f"input {i}": x for i, x in enumerate(others)}
-    outputs = [x for x in outputs if x.is_floating_point()]
-    # A memory that goes on from a state does not read M_0: no gradient, that is, zeros.
-    found = torch.autograd.grad(_cotangent(outputs), named.values(), materialize_grads=True)
-    return dict(zip(named, found, strict=True))
-
-
-def _same_gradients(actual, expected, tolerance):
-    for name, value in actual.items():
-        _close(f"d {name}", value, expected[name], tolerance)
-
 
 # Against the definition.
 
@@ -144,19 +88,19 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_layer_is_the_plain_composition(case):
     options, lengths = CASES[case]
-    layer = _layer(**options)
-    x = _randn(1, sum(lengths), layer.dim).requires_grad_()
+    layer = small_layer(**options)
+    x = randn(1, sum(lengths), layer.dim).requires_grad_()
     ends = torch.tensor([0, *itertools.accumulate(lengths)])
     out, _ = layer(x, cu_seqlens=ends if len(lengths) > 1 else None)
     expected = torch.cat([_plain(layer, part) for part in x[0].split(lengths)])[None]
 
-    _close("out", out, expected, 1e-11)
-    _same_gradients(_gradients(layer, [out], x), _gradients(layer, [expected], x), 1e-10)
+    close("out", out, expected, 1e-11)
+    same_gradients(gradients(layer, [out], x), gradients(layer, [expected], x), 1e-10)
 
 
 def _low_precision(dtype, autocast):
-    layer = _layer(dim=32, dim_head=8, heads=4, dtype=torch.float32)
-    x = _randn(1, 96, 32).float()
+    layer = small_layer(dim=32, dim_head=8, heads=4, dtype=torch.float32)
+    x = randn(1, 96, 32).float()
     if not autocast:
         layer, x = layer.to(dtype), x.to(dtype)
     with torch.autocast("cpu", dtype, enabled=autocast):
@@ -176,7 +120,7 @@ def test_bfloat16_loses_what_its_roundings_lose(autocast):
     exact = _plain(layer, x[0].double())[None]
     yardstick = _plain(layer, x[0].double(), rounded=lambda x: x.bfloat16().double())[None]
     outputs = [out.double(), yardstick, exact]
-    grads = [_gradients(layer, [y]) for y in outputs]
+    grads = [gradients(layer, [y]) for y in outputs]
     scale = grads[-1]
     # Each gradient by its size, and all together: four numbers of a bias alone are luck.
     found = {
@@ -197,21 +141,21 @@ def test_bfloat16_loses_what_its_roundings_lose(autocast):
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 3, 5, 15, 16, 17, 20, 31, 39, 40])
 def test_a_cut_changes_nothing(cut):
-    layer = _layer(per_layer_gates=cut == 5)
-    x = _randn(2, 40, layer.dim).requires_grad_()
+    layer = small_layer(per_layer_gates=cut == 5)
+    x = randn(2, 40, layer.dim).requires_grad_()
     whole, final = layer(x)
     first, state = layer(x[:, :cut])
     second, state = layer(x[:, cut:], state)
 
     actual = [torch.cat([first, second], 1), *tree_leaves(state)]
     expected = [whole, *tree_leaves(final)]
-    _all_close("out, state", actual, expected, 1e-11)
-    _same_gradients(_gradients(layer, actual, x), _gradients(layer, expected, x), 1e-11)
+    all_close("out, state", actual, expected, 1e-11)
+    same_gradients(gradients(layer, actual, x), gradients(layer, expected, x), 1e-11)
 
 
 def test_token_by_token_is_forward():
-    layer = _layer()
-    x = _randn(2, 40, layer.dim).requires_grad_()
+    layer = small_layer()
+    x = randn(2, 40, layer.dim).requires_grad_()
     expected, final = layer(x)
     state, outputs = None, []
     for x_t in x.unbind(1):
@@ -220,45 +164,41 @@ def test_token_by_token_is_forward():
 
     actual = [torch.stack(outputs, 1), *tree_leaves(state)]
     expected = [expected, *tree_leaves(final)]
-    _all_close("out, state", actual, expected, 1e-11)
-    _same_gradients(_gradients(layer, actual, x), _gradients(layer, expected, x), 1e-11)
+    all_close("out, state", actual, expected, 1e-11)
+    same_gradients(gradients(layer, actual, x), gradients(layer, expected, x), 1e-11)
 
 
 LENGTHS = [5, 0, 17, 1, 32, 2, 3, 0]
 
 
 def test_packed_sequences_are_separate_runs_and_decode_on():
-    layer = _layer()
-    rows = [_randn(1, n, layer.dim, seed=n) for n in LENGTHS]
-    packed, state = layer(torch.cat(rows, 1), cu_seqlens=torch.tensor([0, *_ends(LENGTHS)]))
+    layer = small_layer()
+    rows = [randn(1, n, layer.dim, seed=n) for n in LENGTHS]
+    packed, state = layer(torch.cat(rows, 1), cu_seqlens=torch.tensor([0, *ends_of(LENGTHS)]))
     runs = [layer(row) for row in rows]
-    _close("out", packed, torch.cat([out for out, _ in runs], 1), 1e-11)
+    close("out", packed, torch.cat([out for out, _ in runs], 1), 1e-11)
 
     # Every row at its own phase of its chunk; then a batch; then packed again, other lengths.
     for t in range(20):
-        x_t = _randn(len(rows), layer.dim, seed=100 + t)
+        x_t = randn(len(rows), layer.dim, seed=100 + t)
         out, state = layer.step(x_t, state)
         runs = [layer.step(row[None], run[1]) for row, run in zip(x_t, runs, strict=True)]
-        _close(f"step {t}", out, torch.cat([out for out, _ in runs]), 1e-11)
+        close(f"step {t}", out, torch.cat([out for out, _ in runs]), 1e-11)
 
     lengths = LENGTHS[::-1]
-    rows = [_randn(1, n, layer.dim, seed=200 + n) for n in lengths]
-    ends = torch.tensor([0, *_ends(lengths)], dtype=torch.int32)
+    rows = [randn(1, n, layer.dim, seed=200 + n) for n in lengths]
+    ends = torch.tensor([0, *ends_of(lengths)], dtype=torch.int32)
     packed, state = layer(torch.cat(rows, 1), state, cu_seqlens=ends)
     runs = [layer(row, run[1]) for row, run in zip(rows, runs, strict=True)]
-    _close("out", packed, torch.cat([out for out, _ in runs], 1), 1e-11)
+    close("out", packed, torch.cat([out for out, _ in runs], 1), 1e-11)
     states = [tree_leaves(state) for _, state in runs]
     together = [torch.cat(parts) for parts in zip(*states, strict=True)]
-    _all_close("state", tree_leaves(state), together, 1e-11)
-
-
-def _ends(lengths):
-    return itertools.accumulate(lengths)
+    all_close("state", tree_leaves(state), together, 1e-11)
 
 
 def test_packed_sequences_do_not_see_each_other():
-    layer, ends = _layer(), torch.tensor([0, 4, 4, 6, 20])
-    x = _randn(1, 20, layer.dim)
+    layer, ends = small_layer(), torch.tensor([0, 4, 4, 6, 20])
+    x = randn(1, 20, layer.dim)
     out, state = layer(x, cu_seqlens=ends)
     other = x.clone()
     other[:, 4:6] = 100.0
@@ -271,9 +211,9 @@ def test_packed_sequences_do_not_see_each_other():
 
 
 def test_nothing_is_a_sequence_too():
-    layer = _layer()
-    _, state = layer(_randn(3, 5, layer.dim))
-    out, same = layer(_randn(3, 0, layer.dim), state)
+    layer = small_layer()
+    _, state = layer(randn(3, 5, layer.dim))
+    out, same = layer(randn(3, 0, layer.dim), state)
     assert out.shape == (3, 0, layer.dim)
     assert all(map(torch.equal, tree_leaves(state), tree_leaves(same)))
 
@@ -350,7 +290,7 @@ def test_4096_random_tokens_are_stable(case, monkeypatch):
     monkeypatch.setattr(module, "neural_memory", spy)
     torch.manual_seed(0)
     layer = NeuralMemory(dim, **options).to(dtype)
-    x = _randn(1, 4096, dim).to(dtype)
+    x = randn(1, 4096, dim).to(dtype)
     with torch.no_grad():
         out, state = layer(x)
         assert all(y.isfinite().all() for y in (out, *tree_leaves(state)))
@@ -367,151 +307,17 @@ def test_4096_random_tokens_are_stable(case, monkeypatch):
             errors = _windows(out - exact) / _windows(exact)
             assert errors.max() < 3 * 2**-8 and errors[-1] < 1.5 * errors[0], errors.tolist()
             return
-        perturbed, _ = layer(x + 1e-6 * _randn(*x.shape, seed=2).to(dtype))
+        perturbed, _ = layer(x + 1e-6 * randn(*x.shape, seed=2).to(dtype))
         growth = _windows(perturbed - out) / _windows(out) / 1e-6
     assert growth.max() < 10, f"a perturbation grew {growth.tolist()} times"
 
 
-# A module among others.
-
-
-@pytest.mark.parametrize(
-    "depth, conv_size, norm, per_layer_gates",
-    [(1, 4, True, False), (2, 3, False, True), (4, 0, True, True)],
-)
-def test_parameter_count_is_the_formula(depth, conv_size, norm, per_layer_gates):
-    dim, heads, dim_head, expansion = 24, 3, 5, 2
-    layer = NeuralMemory(
-        dim,
-        heads=heads,
-        dim_head=dim_head,
-        depth=depth,
-        expansion=expansion,
-        conv_size=conv_size,
-        norm=norm,
-        per_layer_gates=per_layer_gates,
-    )
-    inner, hidden = heads * dim_head, expansion * dim_head
-    gates = heads * (depth if per_layer_gates else 1)
-    M = dim_head**2 if depth == 1 else 2 * dim_head * hidden + (depth - 2) * hidden**2
-    expected = 5 * dim * inner + 3 * inner * conv_size + 3 * gates * (dim + 1) + heads * M
-    expected += (3 if norm else 1) * inner
-    assert sum(p.numel() for p in layer.parameters()) == expected
-
-
-def test_state_dict_and_copies_hold_everything():
-    layer, x = _layer(), _randn(1, 20, 10)
-    out, _ = layer(x)
-    other = _layer(seed=5)
-    assert not torch.equal(other(x)[0], out)
-    buffer = io.BytesIO()
-    torch.save(layer.state_dict(), buffer)
-    buffer.seek(0)
-    other.load_state_dict(torch.load(buffer, weights_only=True))
-    assert torch.equal(other(x)[0], out)
-    assert torch.equal(copy.deepcopy(layer)(x)[0], out)
-
-
-def test_a_saved_state_goes_on():
-    layer, x = _layer(), _randn(2, 30, 10)
-    with torch.no_grad():
-        _, state = layer(x[:, :19])
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        buffer.seek(0)
-        loaded = torch.load(buffer, weights_only=True)
-        assert isinstance(loaded, LayerState)
-        assert torch.equal(layer(x[:, 19:], loaded)[0], layer(x[:, 19:], state)[0])
-        swapped = state.index_select(torch.tensor([1, 0]))
-        assert torch.equal(layer(x[:, 19:].flip(0), swapped)[0].flip(0), layer(x[:, 19:], state)[0])
-    _, state = layer(x)
-    assert any(y.requires_grad for y in tree_leaves(state))
-    assert not any(y.requires_grad for y in tree_leaves(state.detach()))
-
-
-def test_meta_device_then_initialised_as_ever():
-    options = {"heads": 2, "per_layer_gates": True}
-    meta, layer = NeuralMemory(16, **options, device="meta"), NeuralMemory(16, **options)
-    assert all(p.is_meta for p in meta.parameters())
-    meta.to_empty(device="cpu")
-    for module in (meta, layer):
-        with torch.no_grad():
-            for p in module.parameters():
-                p.fill_(float("nan"))
-        torch.manual_seed(3)
-        module.reset_parameters()
-    plain = ("theta_bias", "alpha_bias", "eta_bias", "norm_weight", "norm_bias", "out_norm")
-    for (name, p), expected in zip(meta.named_parameters(), layer.parameters(), strict=True):
-        assert torch.equal(p, expected), name
-        assert getattr(p, "_no_weight_decay", False) == (name in plain), name
-
-
-def test_checkpointing_changes_nothing():
-    layer, x = _layer(), _randn(1, 40, 10).requires_grad_()
-    _, start = layer(_randn(1, 7, 10, seed=4))
-    start = start.detach()
-    out, state = layer(x, start)
-    expected = _gradients(layer, [out, *tree_leaves(state)], x)
-    out, state = checkpoint(layer, x, start, use_reentrant=False)
-    actual = _gradients(layer, [out, *tree_leaves(state)], x)
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
-def test_docstring_example_runs():
-    found = doctest.DocTestFinder().find(NeuralMemory, globs={})
-    runner = doctest.DocTestRunner()
-    for test in found:
-        runner.run(test)
-    assert runner.summarize().attempted > 0 and runner.failures == 0
-
-
-def test_repr_names_the_sizes():
-    text = repr(NeuralMemory(16, heads=2))
-    assert "16, heads=2, dim_head=8, depth=2, expansion=4, chunk_size=16" in text
-    assert "32, size=4" in repr(NeuralMemory(16, heads=2, dim_head=16))
-
-
-@pytest.mark.parametrize("lengths", [None, [5, 0, 3]])
-def test_a_filter_of_one_tap_has_no_history(lengths):
-    x, cu_seqlens = _randn(1, 8, 6), None
-    if lengths is not None:
-        cu_seqlens = torch.tensor([0, *_ends(lengths)])
-    convolution = ShortConvolution(6, 1, dtype=torch.float64)
-    filters = [convolution()]
-    y, (history,) = convolve(filters, [x], None, cu_seqlens)
-    assert torch.equal(y[:, 0], x * convolution.weight[:, 0])
-    assert history.shape == (len(lengths or [8]), 0, 6)
-    again, (history,) = convolve(filters, [x], [history], cu_seqlens)
-    assert torch.equal(again, y) and history.shape[1] == 0
-
-
-def test_parameters_start_at_the_scale_that_is_documented():
-    torch.manual_seed(0)
-    layer = NeuralMemory(256, heads=2, dim_head=128)
-    first, second = layer.weights
-    scale = {
-        **{"q_proj": 256**-0.5, "v_proj": 256**-0.5, "theta_proj": 0.1 * 256**-0.5},
-        **{"alpha_proj": 0.1 * 256**-0.5, "out_proj": 256**-0.5, "gate_proj": 256**-0.5},
-    }
-    stds = {getattr(layer, name).weight: std for name, std in scale.items()}
-    stds |= {first: 1.0, second: 512**-0.5}
-    stds |= {NeuralMemory(256, heads=2, dim_head=128, norm=False).weights[0]: 128**-0.5}
-    stds |= {NeuralMemory(256, heads=2, dim_head=128, depth=1).weights[0]: 128**-0.5}
-    for weight, std in stds.items():
-        deviation = 4 * (2 * weight.numel()) ** -0.5  # of a sample's standard deviation
-        assert abs(weight.std() / std - 1) < deviation
-        assert abs(weight.mean()) < 4 * std * weight.numel() ** -0.5
-    for filter_ in layer.convolutions:
-        assert abs(filter_.weight.std() / 4**-0.5 - 1) < 4 * (2 * filter_.weight.numel()) ** -0.5
-    assert (layer.norm_weight == 128**-0.5).all() and (layer.alpha_bias == -8.0).all()
-
-
 def test_packed_queries_without_a_state_are_sequences_of_their_own():
-    layer, lengths = _layer(), [5, 0, 1, 6]
-    x, ends = _randn(1, sum(lengths), 10), [0, *_ends(lengths)]
+    layer, lengths = small_layer(), [5, 0, 1, 6]
+    x, ends = randn(1, sum(lengths), 10), [0, *ends_of(lengths)]
     got, state = layer.recall(x, cu_seqlens=torch.tensor(ends))
     want = [layer.recall(x[:, a:b]) for a, b in itertools.pairwise(ends)]
-    _close("out", got, torch.cat([out for out, _ in want], 1), 1e-12)
+    close("out", got, torch.cat([out for out, _ in want], 1), 1e-12)
     assert state.memory.k.shape[0] == len(lengths)
     for i, history in enumerate(state.convolution):
-        _close("history", history, torch.cat([s.convolution[i] for _, s in want]), 1e-12)
+        close("history", history, torch.cat([s.convolution[i] for _, s in want]), 1e-12)
