@@ -97,7 +97,8 @@ def test_every_length_is_checked_in_the_blocks_it_runs_in():
     assert [_tokens(n, 16) for n in (0, 1, 16, 17, 100, 129, 256, 2048, 10**6)] == (
         [16, 16, 16, 32, 128, 256, 256, 256, 256]
     )
-    assert [_tokens(n, 200) for n in (1, 200, 10**6)] == [256, 256, 512]
+    assert [_tokens(n, 200) for n in (1, 200, 10**6)] == [200, 200, 512]
+    assert [_tokens(n, 5) for n in (1, 15, 16, 17)] == [15, 15, 16, 32]
     assert _tokens(10**6, 2**20) == 8192
 
 

@@ -23,15 +23,32 @@ def coefficients_kernel(
 ):
     H: tl.constexpr = sizes.H
     L: tl.constexpr = sizes.L
-    BT: tl.constexpr = sizes.BT
     i_n, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_h, i_l = tl.program_id(2) // L, tl.program_id(2) % L
     first, count, end = block_of(token, i_n, group + i_block, sizes)
     if count == 0:
         return
+    i_b = slot_of(i_n, i_block, tl.num_programs(1), i_h, sizes)
+    rows_of_gates(token, coefficient, (first * H + i_h, i_b), count, end, i_l, sizes, KEEP)
+
+
+@triton.jit
+def rows_of_gates(
+    token,
+    coefficient,
+    place,  # the first token's gates, the block
+    count,
+    end,  # tokens that the state handed on has learned from
+    i_l,
+    sizes,
+    KEEP: tl.constexpr,
+):
+    """The rows of a block and head, of one layer's gates."""
+    H: tl.constexpr = sizes.H
+    L: tl.constexpr = sizes.L
+    BT: tl.constexpr = sizes.BT
     o_t = tl.arange(0, BT)
-    o_gate = (first * H + i_h) * L + i_l
-    i_g = slot_of(i_n, i_block, tl.num_programs(1), i_h, sizes) * L + i_l
+    o_gate, i_g = place[0] * L + i_l, place[1] * L + i_l
     p_end = coefficient.end + i_g * (4 + 2 * BT)
 
     ACC: tl.constexpr = coefficient.G.dtype.element_ty

@@ -14,6 +14,7 @@ from .recall import recall_kernel
 from .records import BlockSizes, Coefficients, Layer, Queries, QueryLayer, Sizes, Tokens, fixed
 from .retrieve import retrieve_kernel
 from .scan import scan_kernel
+from .short import short_kernel
 from .tiles import Blocks, Tile
 
 
@@ -102,7 +103,7 @@ class Scratch(NamedTuple):
 
     @property
     def hidden(self) -> int:
-        return self.layers[0].W.shape[-1]
+        return self.layers[0].d.shape[-1]
 
     def at(self, running: Sequence[Tensor], anchor: Sequence[Tensor]) -> Scratch:
         """The same with the states that the walk goes on from: weights, then momenta, [N, H, ...].
@@ -122,6 +123,14 @@ class Scratch(NamedTuple):
             layers.append(layer._replace(W_anchor=anchor[i_l], S_anchor=anchor[depth + i_l]))
         return self._replace(layers=tuple(layers))
 
+    def on(self, running: Sequence[Tensor]) -> Scratch:
+        """The same with states that all passes read and write themselves, in the dtype of sums."""
+        depth, layers = len(self.layers), []
+        for i_l, layer in enumerate(self.layers):
+            W, S = running[i_l], running[depth + i_l]
+            layers.append(layer._replace(W=W, S=S, W_exact=W, S_exact=S, W_anchor=W, S_anchor=S))
+        return self._replace(layers=tuple(layers))
+
     def read_from(self, anchor: Sequence[Tensor]) -> Scratch:
         """For readers: what a chunk begun in an earlier group began with, rounded."""
         depth = len(self.layers)
@@ -133,9 +142,17 @@ class Scratch(NamedTuple):
 
 
 def allocate(
-    token: Tokens, weights: Sequence[Tensor], problem: Problem, blocks: int, keep: bool = False
+    token: Tokens,
+    weights: Sequence[Tensor],
+    problem: Problem,
+    blocks: int,
+    keep: bool = False,
+    states: bool = True,
 ) -> Scratch:
-    """Scratch for so many blocks of every sequence; weights are [N, H, d_in, d_out]."""
+    """Scratch for so many blocks of every sequence; weights are [N, H, d_in, d_out].
+
+    Without `states` there are none, and the scratch is `on` those that are given.
+    """
     N, (H, D) = len(token.bounds), token.k.shape[1:]
     L, BT, slots, last = token.theta.shape[2], problem.tile.block, N * blocks, len(weights) - 1
     acc, rounded = weights[0].dtype, token.k.dtype
@@ -157,8 +174,8 @@ def allocate(
         between = 0 < i_l < last
         layers.append(
             Layer(
-                W=new(slots, *W.shape[1:], dtype=rounded),
-                S=new(slots, *W.shape[1:], dtype=rounded),
+                W=new(slots, *W.shape[1:], dtype=rounded, wanted=states),
+                S=new(slots, *W.shape[1:], dtype=rounded, wanted=states),
                 W_exact=new(slots, *W.shape[1:], wanted=keep),
                 S_exact=new(slots, *W.shape[1:], wanted=keep),
                 W_anchor=new(0),
@@ -228,6 +245,28 @@ def retrieve(
         sizes=problem.sizes(token, scratch.hidden, depth),
         KEEP=scratch.keep,
         **problem.tile.retrieve.options(),
+    )
+
+
+def short(query: Queries, token: Tokens, scratch: Scratch, problem: Problem, final: bool) -> None:
+    """Outputs of sequences of one block into `query.o`; with `final`, their states go on in place.
+
+    The scratch is `on` these, of one block.
+    """
+    H, depth = token.k.shape[1], len(scratch.layers)
+    short_kernel[(len(token.bounds), H)](
+        token=token,
+        query=query,
+        coefficient=scratch.coefficient,
+        layers=scratch.layers,
+        query_layers=scratch.query_layers,
+        p_norm=norm_or(problem.norm, scratch.coefficient.a),
+        chunks=problem.blocks.chunks,
+        hidden=scratch.hidden,
+        width=token.k.shape[2],
+        sizes=problem.sizes(token, scratch.hidden, depth),
+        FINAL=final,
+        **problem.tile.scan.options(),
     )
 
 

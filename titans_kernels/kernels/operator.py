@@ -17,7 +17,7 @@ from ..packing import Options, Packed, Reading
 from . import launch, launch_backward
 from .launch import Problem, Scratch
 from .records import Queries, TokenGrad, Tokens
-from .tiles import Blocks, Tile, architecture, tile
+from .tiles import Blocks, Tile, architecture, rounded, tile
 
 __all__ = ["backward", "forward", "kept_shapes", "retrieve", "retrieve_backward"]
 
@@ -127,6 +127,7 @@ class Plan(NamedTuple):
     group: int  # blocks of a sequence whose scratch is held at a time: divides an interval
     intervals: Intervals
     most: int  # blocks of a sequence, at most
+    short: bool  # whether each is one block, for one program
     tokens: Tokens
 
     @classmethod
@@ -142,6 +143,9 @@ class Plan(NamedTuple):
         else:
             whole, rest = divmod(longest, chunk_size)
             most = whole * blocks.span + ceil(rest / blocks.tokens)
+        # By the length that the self-check rounds to: its problem is to take the same road.
+        one = blocks.span == 1 and rounded(longest, chunk_size) <= blocks.tokens
+        short = one and size.queries == size.block
         N = max(len(packed.tail), 1)
         total = ceil(len(packed.k) / blocks.tokens) + N  # blocks of all sequences, at most
         wanted = min(most, ceil(total / N))
@@ -151,7 +155,7 @@ class Plan(NamedTuple):
         divisors = [n for n in range(1, intervals.blocks + 1) if intervals.blocks % n == 0]
         enough = next((n for n in divisors if n >= wanted), divisors[-1])
         group = max(n for n in divisors if n <= min(enough, max(room, 1)))
-        return cls(problem, group, intervals, most, tokens)
+        return cls(problem, group, intervals, most, short, tokens)
 
     def kept_rows(self, first_block: int, rows: int) -> Tensor:
         """Where each sequence keeps the state it starts this block with, [N]; `rows`: it has none.
@@ -192,12 +196,18 @@ def forward(
     problem, tokens = plan.problem, plan.tokens
     depth = len(packed.weights)
     # Running state, and that of the last whole chunk: another where a chunk spans blocks.
-    running = [_copy(x) for x in (*packed.weights, *packed.momentum)]
+    running = [*packed.weights, *packed.momentum]
+    if final or not plan.short:
+        running = [_copy(x) for x in running]
     anchor = running if problem.blocks.span == 1 else [x.clone() for x in running]
     # Queries read what a chunk over several blocks started with.
     started = problem.read == "chunk" and problem.blocks.span > 1
     o = torch.empty_like(packed.q)
-    if running[0].numel() and len(tokens.k):
+    if plan.short and running[0].numel() and len(tokens.k):
+        scratch = launch.allocate(tokens, running[:depth], problem, 1, states=False)
+        query = Queries(packed.q, o, scratch.parts)
+        launch.short(query, tokens, scratch.on(running), problem, final)
+    elif running[0].numel() and len(tokens.k):
         scratch = launch.allocate(tokens, running[:depth], problem, plan.group)
         query = Queries(packed.q, o, scratch.parts)
         for first in range(0, plan.most, plan.group):

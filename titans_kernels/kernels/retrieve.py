@@ -30,17 +30,39 @@ def retrieve_kernel(
     KEEP: tl.constexpr,  # for the backward pass
 ):
     H: tl.constexpr = sizes.H
-    D: tl.constexpr = sizes.D
-    BT: tl.constexpr = sizes.BT
-    BQ: tl.constexpr = sizes.BQ
-    LAST: tl.constexpr = sizes.DEPTH - 1
+    PARTS: tl.constexpr = sizes.BT // sizes.BQ
     i_n, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i_h = tl.program_id(2) // (BT // BQ)
-    skipped = tl.program_id(2) % (BT // BQ) * BQ  # queries of the block, to others
+    i_h = tl.program_id(2) // PARTS
+    skipped = tl.program_id(2) % PARTS * sizes.BQ  # queries of the block, to others
     first, count, _ = block_of(token, i_n, group + i_block, sizes)
     if count <= skipped:
         return
     i_b = slot_of(i_n, i_block, tl.num_programs(1), i_h, sizes)
+    start = start_block(i_n, i_block, i_h, group, tl.num_programs(1), sizes)
+    block = (i_n, i_h, i_b, start, first, count)
+    memory = (coefficient, layers, query_layers, p_norm + i_h * 2 * sizes.D)
+    read_block(token, query, memory, block, skipped, hidden, sizes, KEEP)
+
+
+@triton.jit
+def read_block(
+    token,
+    query,
+    memory,  # coefficients, layers, query layers, the norm [2, D]
+    block,  # sequence, head, block, `start_block`, the first token, tokens
+    skipped,
+    hidden,
+    sizes,
+    KEEP: tl.constexpr,
+):
+    """Outputs of a block's queries, BQ of them."""
+    H: tl.constexpr = sizes.H
+    D: tl.constexpr = sizes.D
+    BT: tl.constexpr = sizes.BT
+    BQ: tl.constexpr = sizes.BQ
+    LAST: tl.constexpr = sizes.DEPTH - 1
+    coefficient, layers, query_layers, p_norm = memory
+    i_n, i_h, i_b, start, first, count = block
     i_q, tail = query_of(token, i_n, first)
     o_q, o_t, o_d = skipped + tl.arange(0, BQ), tl.arange(0, BT), tl.arange(0, sizes.BD)
     m_t, m_d = o_t < count, o_d < D
@@ -58,7 +80,6 @@ def retrieve_kernel(
     b_a, b_c, b_G = rows_of(coefficient, i_b * sizes.L, o_row, sizes, "")
     b_s = (-b_G * dot(b_k, b_q, None, sizes.PRECISION)).to(OP)  # [BT, BQ]
 
-    start = start_block(i_n, i_block, i_h, group, tl.num_programs(1), sizes)
     place = (i_n * H + i_h, i_b, start, o_q, count)
     b_W = tl.zeros([sizes.BD, BQ], ACC)
     b_S = tl.zeros([sizes.BD, BQ], ACC)
@@ -89,7 +110,7 @@ def retrieve_kernel(
     else:
         o, m = o_q[None, :] * (H * D) + o_d[:, None], m_q[None, :] & m_d[:, None]
         b_q = tl.load(p_q + o, mask=m, other=0.0, cache_modifier=".ca")
-        b_o = head(b_y, b_q.to(ACC), p_norm + i_h * 2 * D, o_d, m_d, sizes)
+        b_o = head(b_y, b_q.to(ACC), p_norm, o_d, m_d, sizes)
         tl.store(p_o + o, b_o.to(p_o.dtype.element_ty), mask=m)
 
 
@@ -124,16 +145,17 @@ def state_of(layer, place, i_l: tl.constexpr, sizes):
 def only_layer(p_q, layer, b_W, b_S, place, m_q, hidden, sizes):
     """Queries through W and S where there is one layer: its inputs come in slices too."""
     D: tl.constexpr = sizes.D
+    OP: tl.constexpr = p_q.dtype.element_ty
     o_d, o_h = tl.arange(0, sizes.BD), tl.arange(0, sizes.BH)
     m_d, o_q = o_d < D, place[3]
     p_W, p_S = state_of(layer, place, 0, sizes)
     for j in tl.range(0, hidden, sizes.BH, disable_licm=True):
         m_h = j + o_h < D
         b_x = load_t(p_q + j, o_q, m_q, o_h, m_h, sizes.H * D)  # [BH, BQ]
-        b_w = load_t(p_W, j + o_h, m_h, o_d, m_d, D)  # [BD, BH]
+        b_w = load_t(p_W, j + o_h, m_h, o_d, m_d, D).to(OP)  # [BD, BH]
         b_W = dot(b_w, b_x, b_W, sizes.PRECISION)
         if sizes.HISTORY:
-            b_w = load_t(p_S, j + o_h, m_h, o_d, m_d, D)
+            b_w = load_t(p_S, j + o_h, m_h, o_d, m_d, D).to(OP)
             b_S = dot(b_w, b_x, b_S, sizes.PRECISION)
     return b_W, b_S
 
@@ -174,10 +196,10 @@ def hidden_layer(
     for j in tl.range(0, hidden, sizes.BH, disable_licm=True):
         m_h = j + o_h < HIDDEN
         if i_l == 0:
-            b_w = load_t(p_W, o_d, m_d, j + o_h, m_h, HIDDEN)  # [BH, BD]
+            b_w = load_t(p_W, o_d, m_d, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BD]
             b_z = b_a[None, :] * dot(b_w, b_q, None, sizes.PRECISION)  # [BH, BQ]
             if sizes.HISTORY:
-                b_w = load_t(p_S, o_d, m_d, j + o_h, m_h, HIDDEN)
+                b_w = load_t(p_S, o_d, m_d, j + o_h, m_h, HIDDEN).to(OP)
                 b_z += b_c[None, :] * dot(b_w, b_q, None, sizes.PRECISION)
         else:
             b_zW = tl.zeros([sizes.BH, sizes.BQ], b_W.dtype)
@@ -185,10 +207,10 @@ def hidden_layer(
             for i in tl.range(0, hidden, sizes.BH, num_stages=1, disable_licm=True):
                 m_i = i + o_h < HIDDEN
                 b_x = load_t(kept[0].h + o_b, o_q, m_r, i + o_h, m_i, HIDDEN)  # [BH, BQ]
-                b_w = load_t(p_W, i + o_h, m_i, j + o_h, m_h, HIDDEN)  # [BH, BH]
+                b_w = load_t(p_W, i + o_h, m_i, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BH]
                 b_zW = dot(b_w, b_x, b_zW, sizes.PRECISION)
                 if sizes.HISTORY:
-                    b_w = load_t(p_S, i + o_h, m_i, j + o_h, m_h, HIDDEN)
+                    b_w = load_t(p_S, i + o_h, m_i, j + o_h, m_h, HIDDEN).to(OP)
                     b_zS = dot(b_w, b_x, b_zS, sizes.PRECISION)
             b_z = b_a[None, :] * b_zW + b_c[None, :] * b_zS
         if sizes.HISTORY:
@@ -204,9 +226,9 @@ def hidden_layer(
             b_x = load(above.x + o_b, o_t, m_t, j + o_h, m_h, HIDDEN)  # [BT, BH]
             b_xx = dot(b_x, b_h, b_xx, sizes.PRECISION)
         if i_l + 2 == sizes.DEPTH:
-            b_w = load_t(p_W_above, j + o_h, m_h, o_d, m_d, D)  # [BD, BH]
+            b_w = load_t(p_W_above, j + o_h, m_h, o_d, m_d, D).to(OP)  # [BD, BH]
             b_W = dot(b_w, b_h, b_W, sizes.PRECISION)
             if sizes.HISTORY:
-                b_w = load_t(p_S_above, j + o_h, m_h, o_d, m_d, D)
+                b_w = load_t(p_S_above, j + o_h, m_h, o_d, m_d, D).to(OP)
                 b_S = dot(b_w, b_h, b_S, sizes.PRECISION)
     return b_xx, b_W, b_S

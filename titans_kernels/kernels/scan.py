@@ -50,13 +50,9 @@ def scan_kernel(
             p_k, p_v = token.k + o_k, token.v + o_k
             i_w = i_b if sizes.SPAN == 1 else i_s  # of the state that keys read
             place = (i_b, i_w, i_b if KEEP else i_s)
-            first_products(p_k, layers[0], coefficient, place, count, hidden, sizes)
-            tl.debug_barrier()
-            for r in tl.range(0, chunks, num_stages=1, disable_licm=True):
-                chunk_of_keys(
-                    p_k, p_v, layers, coefficient, p_norm, place, count, r, hidden, sizes, KEEP
-                )
-                tl.debug_barrier()
+            block_of_keys(
+                p_k, p_v, layers, coefficient, p_norm, place, count, chunks, hidden, sizes, KEEP
+            )
 
             # A block that is all open chunk, as in decoding, hands on the state it was given.
             moves = learned > 0
@@ -71,6 +67,28 @@ def scan_kernel(
                 to = (coefficient.end + o_end, i_s, i_b, more, whole)
                 advance(p_k, layers[i_l], to, count, moves, hidden, width, i_l, sizes, KEEP)
             tl.debug_barrier()
+
+
+@triton.jit
+def block_of_keys(
+    p_k,  # [BT, D], the block's tokens
+    p_v,
+    layers,
+    coefficient,
+    p_norm,  # [2, D]
+    place,  # of the block: in the group, of the state that its keys read, of their products
+    count,
+    chunks,
+    hidden,
+    sizes,
+    KEEP: tl.constexpr,
+):
+    """Inputs and errors of all the block's keys, chunk after chunk."""
+    first_products(p_k, layers[0], coefficient, place, count, hidden, sizes)
+    tl.debug_barrier()
+    for r in tl.range(0, chunks, num_stages=1, disable_licm=True):
+        chunk_of_keys(p_k, p_v, layers, coefficient, p_norm, place, count, r, hidden, sizes, KEEP)
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -106,12 +124,12 @@ def first_products(p_k, layer, coefficient, place, count, hidden, sizes):
 
 @triton.jit
 def chunk_of_keys(
-    p_k,  # [BT, D], the block's tokens
+    p_k,
     p_v,
     layers,
     coefficient,
-    p_norm,  # [2, D]
-    place,  # of the block: in the group, of the state that its keys read, of their products
+    p_norm,
+    place,
     count,
     r,  # which chunk of the block
     hidden,
@@ -206,12 +224,13 @@ def hidden_layer(
     b_xx = tl.zeros([BT, sizes.BC], b_y.dtype)
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
         m_h = j + o_h < HIDDEN
+        if sizes.EARLIER:
+            b_d = load_t(p_d, o_i, m_p, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BT]
         if i_l == 0:
             b_z = load_t(p_z, o_c, m_c, j + o_h, m_h, HIDDEN)  # [BH, BC]
         else:
             b_z = products(layer, coefficient, place, rows, j, hidden, i_l, sizes)
         if sizes.EARLIER:
-            b_d = load_t(p_d, o_i, m_p, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BT]
             b_z = dot(b_d, b_s, b_z, sizes.PRECISION)
         store_t(p_z, b_z, o_c, m_c, j + o_h, m_h, HIDDEN)
         b_h = activate(b_z, sizes.ACTIVATION)

@@ -12,6 +12,9 @@ from math import ceil
 import torch
 
 
+SMALLEST = 16  # tokens of a block, at least
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How a kernel is compiled.
@@ -73,7 +76,7 @@ class Tile:
 
         They still hold the chunk that they held.
         """
-        tokens = 1 << (max(longest, chunk_size, 16) - 1).bit_length()
+        tokens = 1 << (max(longest, chunk_size, SMALLEST) - 1).bit_length()
         return self if tokens >= self.block else replace(self, block=tokens)
 
     @property
@@ -225,6 +228,15 @@ def _unpipelined(size: Tile) -> Tile:
     """Nothing is copied asynchronously where loops have one stage."""
     retrieve, recall = (replace(x, stages=1) for x in (size.retrieve, size.recall))
     return replace(size, retrieve=retrieve, recall=recall)
+
+
+def rounded(longest: int, chunk_size: int) -> int:
+    """Lengths that are rounded to one are computed by the same kernels, if they have few blocks.
+
+    The smallest are the whole chunks that the smallest block holds, or one chunk.
+    """
+    least = max(SMALLEST // chunk_size, 1) * chunk_size
+    return least if longest <= least else 1 << (longest - 1).bit_length()
 
 
 def architecture(device: torch.device) -> str:

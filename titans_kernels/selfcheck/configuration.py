@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels import tiles
 from ..packing import Options, Packed, Reading
 
 KERNELS = Path(__file__).parents[1] / "kernels"
@@ -37,7 +38,7 @@ class Configuration(NamedTuple):
     residual: bool
     read: str  # what queries read: "token" or "chunk"
     chunk_size: int
-    tokens: int  # of the longest sequence, rounded up to a power of two
+    tokens: int  # of the longest sequence, rounded as the kernels' blocks are
     gradients: bool
 
     @classmethod
@@ -88,9 +89,9 @@ def _network(q: Tensor, weights: list[Tensor]) -> tuple[int, str, int]:
 
 
 def _tokens(longest: int, chunk_size: int) -> int:
-    """Kernels hold blocks of at most so many tokens, a power of two, and at least a chunk."""
+    """No more than it takes to run the code of a sequence of this length, and at least a chunk."""
     most = min(max(BLOCKS, 2 * chunk_size), MOST)
-    return 1 << (max(min(max(longest, chunk_size), most), 16) - 1).bit_length()
+    return min(tiles.rounded(longest, chunk_size), 1 << (most - 1).bit_length())
 
 
 def _precision(dtype: torch.dtype) -> str:

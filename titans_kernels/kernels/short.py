@@ -1,0 +1,57 @@
+"""A call whose sequences are one block each, in one launch: a decoded token is such a block.
+
+The phases of `coefficients`, `scan` and `retrieve` follow each other in one program, which reads
+the state as it is kept, in float32, and rounds it at the products: nothing of it is copied, and it
+is written only where a chunk ends. What the phases hand each other is the scratch of one block.
+
+Grid: (sequences, heads).
+"""
+
+import triton
+import triton.language as tl
+
+from .blocks import block_of, start_block
+from .coefficients import rows_of_gates
+from .retrieve import read_block
+from .scan import advance, block_of_keys
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def short_kernel(
+    token,  # Tokens
+    query,  # Queries: o is written
+    coefficient,  # Coefficients, out
+    layers,  # Layers: W and W_exact are one, the state in float32; x, z and d are written
+    query_layers,  # QueryLayers, out: the inputs of layers between two others
+    p_norm,  # [H, 2, D]
+    chunks,  # to a block
+    hidden,  # the hidden width, and
+    width,  # D
+    sizes,  # Sizes
+    FINAL: tl.constexpr,  # whether the state is wanted: advanced, where a chunk ends
+):
+    H: tl.constexpr = sizes.H
+    i_n, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_s = i_n * H + i_h
+    p_norm += i_h * 2 * sizes.D
+    first, count, learned = block_of(token, i_n, tl.full([], 0, tl.int64), sizes)
+    if count > 0:
+        o_k = (first * H + i_h) * sizes.D
+        p_k, p_v = token.k + o_k, token.v + o_k
+        for i_l in tl.static_range(sizes.L):
+            at = (first * H + i_h, i_s)
+            rows_of_gates(token, coefficient, at, count, learned, i_l, sizes, False)
+        tl.debug_barrier()
+        place = (i_s, i_s, i_s)
+        block_of_keys(
+            p_k, p_v, layers, coefficient, p_norm, place, count, chunks, hidden, sizes, False
+        )
+        block = (i_n, i_h, i_s, start_block(i_n, 0, i_h, 0, 1, sizes), first, count)
+        memory = (coefficient, layers, query_layers, p_norm)
+        read_block(token, query, memory, block, 0, hidden, sizes, False)
+        if FINAL:
+            tl.debug_barrier()
+            for i_l in tl.static_range(sizes.DEPTH):
+                o_end = (i_s * sizes.L + sizes.GATES[i_l]) * (4 + 2 * sizes.BT)
+                to = (coefficient.end + o_end, i_s, i_s, False, False)
+                advance(p_k, layers[i_l], to, count, learned > 0, hidden, width, i_l, sizes, False)
