@@ -28,7 +28,8 @@ from . import selfcheck
 from .batching import one_by_one
 from .kernels import tiles
 from .nonfinite import separate
-from .packing import Options, Packed, Reading
+from .packing import Options, Packed, Reading, dense
+from .stepping import Projected, Step, StepState, StepWeights
 from .transforms import transforming
 
 _PACKED = (
@@ -39,6 +40,7 @@ _READING = "Tensor q, Tensor[] weights, Tensor? norm, Tensor cu"
 _OPTIONS = "str backend, str activation, bool residual"
 _MODULES = {"torch": "chunked", "triton": "kernels", "auto": "kernels"}
 _P, _R = len(Packed._fields), len(Reading._fields)
+_S = sum(len(part._fields) for part in (Projected, StepWeights, StepState))
 
 Maybe = Tensor | None
 
@@ -297,7 +299,43 @@ torch.library.register_autograd(
 )
 
 
-# ------------------------------------------------------------------------------ what both share
+# ------------------------------------------------------------------------------------- decoding
+
+
+def step(step: Step, backend: str, options: Options, rate: float) -> Tensor:
+    """A layer's gated output [N, H D] of one token. Everything in `step.state` is overwritten."""
+    (gate, *projected), weight, state = step
+    how = options.activation, options.residual, rate
+    return _step(gate, *projected, *weight, *state, backend, *how)
+
+
+@torch.library.custom_op(
+    "titans_kernels::step",
+    mutates_args=("history", "tokens", "length", "memory"),
+    schema="(Tensor gate, Tensor[] streams, Tensor[] gates, Tensor[] filters, Tensor[] biases, "
+    "Tensor[] norm, Tensor out_norm, Tensor(a!)[] history, Tensor(b!)[] tokens, Tensor(c!) length, "
+    f"Tensor(d!)[] memory, {_OPTIONS}, float rate) -> Tensor",
+)
+@_closed
+def _step(*args: Any) -> Tensor:
+    given, (backend, *options, rate) = Step.of(*args[:_S]), args[_S:]
+    step = pytree.tree_map(dense, given)  # what is not is copied, and copied back
+    how = Options(*options)
+    runs = selfcheck.step_backend(step, how) if backend == "auto" else backend
+    y = _module(runs).step(step, how, rate)
+    states = pytree.tree_leaves(given.state), pytree.tree_leaves(step.state)
+    for old, new in zip(*states, strict=True):
+        if new is not old:
+            old.copy_(new)
+    return y
+
+
+@_step.register_fake
+def _(gate: Tensor, *_: Any) -> Tensor:
+    return _dense(gate)
+
+
+# ------------------------------------------------------------------------------ what all share
 
 
 def _save(ctx: Any, tree: Any) -> None:

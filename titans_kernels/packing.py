@@ -102,6 +102,13 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def dense(x: Tensor) -> Tensor:
+    """Contiguous, and aligned as Triton's widest loads want it: kernels know no strides, and are
+    compiled anew for a pointer that 16 does not divide."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def rows(x: Tensor) -> Tensor:
     """[B, T, H, ...] to [B T, H, width], dense."""
     return x.reshape(-1, x.shape[2], *(x.shape[3:] or (1,))).contiguous()

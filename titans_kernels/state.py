@@ -41,6 +41,24 @@ class State:
         """The same values, detached from the graph: truncated backpropagation."""
         return self.map(Tensor.detach)
 
+    def copy_(self, other: Self) -> Self:
+        """Write the values of another state of the same sizes into this one's own tensors.
+
+        A CUDA graph reads and writes the tensors it was captured with. No gradient flows through.
+        """
+        values, spec = pytree.tree_flatten(self)
+        new, other_spec = pytree.tree_flatten(other)
+        if spec != other_spec:
+            raise ValueError("other: got a state of another structure, takes one as this one")
+        for x, y in zip(values, new, strict=True):
+            if x.shape != y.shape or x.dtype != y.dtype:
+                got, takes = f"{y.dtype} {list(y.shape)}", f"{x.dtype} {list(x.shape)}"
+                raise ValueError(f"other: got a tensor of {got}, takes {takes}")
+        with torch.no_grad():
+            for x, y in zip(values, new, strict=True):
+                x.copy_(y)
+        return self
+
     def index_select(self, sequences: Tensor) -> Self:
         """The state of the given sequences, in their order: beam search, dropping finished rows."""
         return self.map(lambda x: x.index_select(0, sequences.to(x.device)))

@@ -154,6 +154,22 @@ def our_step(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
     return Task(lambda: layer.step(x[:, -1], state)[0], [])
 
 
+def our_step_in_place(inputs: Inputs, shape: Shape, backend: str = "torch") -> Task:
+    """The same into the old state's tensors; what a step in mid-chunk changes is put back."""
+    x, layer = inputs["x"], _our_layer(inputs, shape, backend)
+    with torch.no_grad():
+        _, state = layer(x[:, :-1])
+    changed = [state.memory.length, *state.convolution]
+    before = [y.clone() for y in changed]
+
+    def call() -> Tensor:
+        for new, old in zip(changed, before, strict=True):
+            new.copy_(old)
+        return layer.step(x[:, -1], state, inplace=True)[0]
+
+    return Task(call, [])
+
+
 def _our_layer(inputs: Inputs, shape: Shape, backend: str = "torch") -> NeuralMemory:
     def build() -> NeuralMemory:
         return NeuralMemory(

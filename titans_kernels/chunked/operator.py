@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..packing import Options, Packed, Reading
+from ..packing import Options, Packed, Reading, known
+from ..stepping import Step
+from ..transforms import values
 from . import layout
 from .layout import Layout, block_size
 from .recall import recall, recall_backward
 from .scan import Checkpoints, run, run_backward
+from .step import finish, prepare
 
 
 def _layout(packed: Packed, chunk_size: int) -> Layout:
@@ -58,3 +61,14 @@ def retrieve(reading: Reading, options: Options, longest: int) -> Tensor:
 def retrieve_backward(reading: Reading, options: Options, longest: int, do: Tensor) -> list[Tensor]:
     """Gradients of `reading.differentiable()`."""
     return recall_backward(reading, options, do)
+
+
+def step(step: Step, options: Options, rate: float) -> Tensor:
+    """A layer's gated output [N, H D] of one token; its state goes on in place."""
+    chunk_size = step.state.tokens[0].shape[1]
+    packed = prepare(step, rate)
+    ends = not known(packed.tail) or chunk_size - 1 in values(packed.tail)
+    o, final = forward(packed, options, chunk_size, chunk_size, [], ends)
+    for old, new in zip(step.state.memory, final, strict=ends):
+        old.copy_(new)
+    return finish(step, o, packed.tail)

@@ -21,7 +21,7 @@ def activate(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "silu":
         return z / (1.0 + tl.exp(-z))
     elif ACTIVATION == "relu":
-        return tl.maximum(z, 0.0)
+        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         tl.static_assert(ACTIVATION == "identity", "unknown activation")
         return z

@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..chunked.operator import retrieve_backward  # plain products, of any memory
-from ..packing import Options, Packed, Reading
-from . import launch, launch_backward
+from ..packing import Options, Packed, Reading, dense
+from ..stepping import Step
+from . import launch, launch_backward, launch_step
 from .launch import Problem, Scratch
 from .records import Queries, TokenGrad, Tokens
 from .tiles import Blocks, Tile, architecture, rounded, tile
 
-__all__ = ["backward", "forward", "kept_shapes", "retrieve", "retrieve_backward"]
+__all__ = ["backward", "forward", "kept_shapes", "retrieve", "retrieve_backward", "step"]
 
 GROUP = 2048  # tokens of a sequence whose scratch is held at a time
 
@@ -80,21 +81,14 @@ Count = TypeVar("Count", int, Tensor)
 Record = TypeVar("Record", Packed, Reading)
 
 
-def _dense(x: Tensor) -> Tensor:
-    """Contiguous, and aligned as Triton's widest loads want it: kernels know no strides, and are
-    compiled anew for a pointer that 16 does not divide."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
-
-
 def _dense_all(tensors: list[Tensor]) -> list[Tensor]:
-    return [_dense(x) for x in tensors]
+    return [dense(x) for x in tensors]
 
 
 def _dense_record(record: Record) -> Record:
     """Every tensor that reaches a kernel goes through here, index tensors too."""
     fields: list[Any] = [
-        _dense(x) if isinstance(x, Tensor) else x if x is None else _dense_all(x) for x in record
+        dense(x) if isinstance(x, Tensor) else x if x is None else _dense_all(x) for x in record
     ]
     return type(record)(*fields)
 
@@ -204,9 +198,7 @@ def forward(
     started = problem.read == "chunk" and problem.blocks.span > 1
     o = torch.empty_like(packed.q)
     if plan.short and running[0].numel() and len(tokens.k):
-        scratch = launch.allocate(tokens, running[:depth], problem, 1, states=False)
-        query = Queries(packed.q, o, scratch.parts)
-        launch.short(query, tokens, scratch.on(running), problem, final)
+        _short(plan, packed.q, o, running, final)
     elif running[0].numel() and len(tokens.k):
         scratch = launch.allocate(tokens, running[:depth], problem, plan.group)
         query = Queries(packed.q, o, scratch.parts)
@@ -224,6 +216,30 @@ def forward(
             if len(o):
                 launch.retrieve(query, tokens, group, first, problem)
     return o, anchor if final else []
+
+
+def _short(plan: Plan, q: Tensor, o: Tensor, states: list[Tensor], final: bool) -> None:
+    """Outputs into `o`, and with `final` the final states into `states`."""
+    weights = states[: len(states) // 2]
+    scratch = launch.allocate(plan.tokens, weights, plan.problem, 1, states=False)
+    query = Queries(q, o, scratch.parts)
+    launch.short(query, plan.tokens, scratch.on(states), plan.problem, final)
+
+
+def step(step: Step, options: Options, rate: float) -> Tensor:
+    """A layer's gated output [N, H D] of one token; its state goes on in place."""
+    if not step.projected.gate.numel():
+        return torch.empty_like(step.projected.gate)
+    packed, chunk_size = launch_step.prepare(step, rate), step.state.tokens[0].shape[1]
+    plan = Plan.of(packed, options, chunk_size, chunk_size, backward=False)
+    if plan.short:
+        o = torch.empty_like(packed.q)
+        _short(plan, packed.q, o, step.state.memory, True)
+    else:
+        o, final = forward(packed, options, chunk_size, chunk_size, [])
+        for old, new in zip(step.state.memory, final, strict=True):
+            old.copy_(new)
+    return launch_step.finish(step, o, packed.tail)
 
 
 _DENSE = torch.contiguous_format
@@ -252,7 +268,7 @@ def backward(
     D 64 and hidden 256, is all that is held in addition to the states that forward kept: 128 bytes
     a token and head of all.
     """
-    packed, kept, do = _dense_record(packed), _dense_all(kept), _dense(do)
+    packed, kept, do = _dense_record(packed), _dense_all(kept), dense(do)
     plan = Plan.of(packed, options, chunk_size, longest)
     problem, tokens, depth = plan.problem, plan.tokens, len(packed.weights)
     dnorm = None

@@ -144,6 +144,19 @@ class Sizes(NamedTuple):
     GATES: tuple[tl.constexpr, ...]  # of layers: theirs among L
 
 
+class StepSizes(NamedTuple):
+    """What the kernels around a decoded token are compiled for."""
+
+    H: tl.constexpr
+    L: tl.constexpr
+    CHUNK: tl.constexpr
+    D: tl.constexpr
+    BD: tl.constexpr
+    TAPS: tl.constexpr  # of the convolutions, 0 without
+    BJ: tl.constexpr  # tile that holds a convolution's last inputs
+    NORMS: tl.constexpr  # 2, weight and bias, or 0
+
+
 def fixed(**values: object) -> dict[str, Any]:
     """Values as Triton wants those of a record that are compiled in."""
     return {name: _constant(value) for name, value in values.items()}

@@ -11,7 +11,6 @@ from math import ceil
 
 import torch
 
-
 SMALLEST = 16  # tokens of a block, at least
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..decay import Undecayed
-from . import checking
+from . import checking, decoding
 from .local import TNTMemory
 from .neural_memory import NeuralMemory
 from .numeric import unit, wide
@@ -144,11 +144,22 @@ class Block(Sealing, Generic[S]):
             self, x: Tensor, state: S | None = None, cu_seqlens: Tensor | None = None
         ) -> tuple[Tensor, S]: ...
 
-    def step(self, x: Tensor, state: S | None = None) -> tuple[Tensor, S]:
-        """One token of every sequence: [B, dim] -> ([B, dim], state). `forward` of length 1."""
+    def step(self, x: Tensor, state: S | None = None, inplace: bool = False) -> tuple[Tensor, S]:
+        """One token of every sequence: [B, dim] -> ([B, dim], state). `forward` of length 1.
+
+        With `inplace` the new state is written into the tensors of the old one: see `NeuralMemory`.
+        """
         checking.tokens(x, "[B, dim]", 2, self.dim)
+        checks.boolean("inplace", inplace)
+        if decoding.overwrites(inplace) and state is not None:
+            return self._overwrite(x, state), state
         out, state = self(x[:, None], state)
         return out[:, 0], state
+
+    def _overwrite(self, x: Tensor, state: S) -> Tensor:
+        out, after = self(x[:, None], state)
+        state.copy_(after)
+        return out[:, 0]
 
     def _read(self, x: Tensor, state: S | None, cu_seqlens: Tensor | None) -> tuple[Tensor, S]:
         raise NotImplementedError

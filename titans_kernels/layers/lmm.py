@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import decoding
 from .block import Block, BlockOptions
 from .state import LayerState
 
@@ -57,3 +58,8 @@ class TitansLMM(Block[LayerState]):
         self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, LayerState]:
         return self.memory(x, state, cu_seqlens)
+
+    def _overwrite(self, x: Tensor, state: LayerState) -> Tensor:
+        if decoding.is_plain(self):
+            return self.memory.step(x, state, inplace=True)[0]
+        return super()._overwrite(x, state)

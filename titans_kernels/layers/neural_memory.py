@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..memory import neural_memory, retrieve
 from ..state import MemoryState
-from . import checking
+from . import checking, decoding
 from .convolution import ShortConvolution, convolve
 from .learner import Learner, Norm, Schedule
 from .numeric import unit, wide
@@ -223,14 +223,35 @@ class NeuralMemory(Learner, Sealing):
             learn: bool = True,
         ) -> tuple[Tensor, LayerState]: ...
 
-    def step(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
+    def step(
+        self, x: Tensor, state: LayerState | None = None, inplace: bool = False
+    ) -> tuple[Tensor, LayerState]:
         """One token of every sequence: [B, dim] -> ([B, dim], state).
 
         `forward` of length 1. It costs a pass over the open chunk, at most chunk_size tokens.
+
+        Args:
+            x (Tensor): [B, dim].
+            state (LayerState | None): what B sequences continue from.
+            inplace (bool): write the new state into the tensors of the old one, and return that:
+                no copy of the memory, the same addresses in every call, as a CUDA graph wants
+                them. Other states that share those tensors are overwritten too: `state.clone()`
+                first. Without gradients only. Default: False.
         """
         checking.tokens(x, "[B, dim]", 2, self.dim)
+        checks.boolean("inplace", inplace)
+        if decoding.overwrites(inplace) and state is not None:
+            return self._overwrite(x, state), state
         out, state = self(x[:, None], state)
         return out[:, 0], state
+
+    def _overwrite(self, x: Tensor, state: LayerState) -> Tensor:
+        if decoding.is_plain(self) and type(state) is LayerState:
+            checking.alike(x, self.out_norm)
+            return decoding.overwrite(self, x, state)
+        out, after = self(x[:, None], state)
+        state.copy_(after)
+        return out[:, 0]
 
     def recall(
         self, x: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None

@@ -4,6 +4,6 @@
 `decide` connects them.
 """
 
-from .decide import CHECK, MODES, TORCH, memory_backend, mode, reading_backend
+from .decide import CHECK, MODES, TORCH, memory_backend, mode, reading_backend, step_backend
 
-__all__ = ["CHECK", "MODES", "TORCH", "memory_backend", "mode", "reading_backend"]
+__all__ = ["CHECK", "MODES", "TORCH", "memory_backend", "mode", "reading_backend", "step_backend"]

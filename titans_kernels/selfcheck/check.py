@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..comparison import bounds, worst_error, worst_factor
 from ..packing import Options, Packed, Reading
+from ..stepping import Projected, Step, StepState, StepWeights
 from .configuration import Configuration
 
+MOST_STEPS = 16  # tokens decoded
 # Gates that a problem has, at least, by more sequences where they are short: the factor between two
 # gradients is lost in the noise of too few. More sequences than this would take memory only.
 GATES, MOST_SEQUENCES = 1024, 48
@@ -42,10 +45,7 @@ class Failure(NamedTuple):
 
 def check(configuration: Configuration, heads: int, device: torch.device) -> Failure | None:
     """Run the kernels, forward and, with gradients, backward. None: all is within its bounds."""
-    run: Callable[..., Results] = _memory
-    problem: Callable[..., Packed | Reading] = _memory_problem
-    if configuration.operator == "retrieve":
-        run, problem = _reading, _reading_problem
+    run, problem = _KINDS[configuration.operator]
     x = problem(configuration, heads, device)
     found = run(_backend("kernels"), configuration, x)
     wanted = run(_backend("chunked"), configuration, _cast(x, torch.float64))
@@ -96,7 +96,7 @@ def _memory(backend: ModuleType, configuration: Configuration, x: Packed) -> Res
     if configuration.gradients:
         kept = [state[0].new_zeros(s) for s in backend.kept_shapes(x, configuration.chunk_size)]
     o, final = backend.forward(x, *how, kept, True)
-    results = {"forward": {"o": o} | _per_layer("final", x, final)}
+    results = {"forward": {"o": o} | _per_layer("final", len(x.weights), final)}
     if configuration.gradients:
         random = _random(1, x.q.device)
         do = random(*o.shape).to(_rounded(configuration)).to(o.dtype)
@@ -113,14 +113,23 @@ def _reading(backend: ModuleType, configuration: Configuration, x: Reading) -> R
     return {"forward": {"o": o}, "gradient": _gradients(x, grads)}
 
 
+def _step(backend: ModuleType, configuration: Configuration, x: Step) -> Results:
+    """Token after token, where chunks are short past the end of one in every sequence."""
+    x, outputs = pytree.tree_map(torch.clone, x), []
+    for i in range(min(configuration.chunk_size, MOST_STEPS) + 1):
+        token = pytree.tree_map(lambda y, i=i: y.roll(i, 0), x.projected)
+        outputs.append(backend.step(x._replace(projected=token), _options(configuration), 0.1))
+    depth = len(x.state.memory) // 2
+    return {"forward": {"o": torch.stack(outputs)} | _per_layer("final", depth, x.state.memory)}
+
+
 def _rounded(configuration: Configuration) -> torch.dtype:
     """The dtype that inputs of all runs are rounded to."""
     dtype: torch.dtype = getattr(torch, configuration.dtype)
     return dtype
 
 
-def _per_layer(prefix: str, x: Packed, tensors: list[Tensor]) -> Named:
-    depth = len(x.weights)
+def _per_layer(prefix: str, depth: int, tensors: list[Tensor]) -> Named:
     names = [f"{prefix} {kind}[{i}]" for kind in ("weights", "momentum") for i in range(depth)]
     return dict(zip(names, tensors, strict=True))
 
@@ -203,6 +212,44 @@ def _reading_problem(configuration: Configuration, heads: int, device: torch.dev
     return Reading(q, weights, _norm(configuration, random, heads, wide), cu)
 
 
+def _step_problem(configuration: Configuration, heads: int, device: torch.device) -> Step:
+    """One token of three sequences: with an empty chunk, half a chunk, all but its last token."""
+    dtype, C, D = _rounded(configuration), configuration.chunk_size, configuration.head_dim
+    wide, L = torch.promote_types(dtype, torch.float32), 1
+    if configuration.per_layer:
+        L = configuration.depth
+    random, uniform = _random(0, device), _random(2, device, uniform=True)
+    length = torch.tensor([0, C // 2, C - 1], dtype=torch.int32, device=device)
+    there = (torch.arange(C, device=device) < length[:, None])[:, :, None, None]
+
+    def some(*shape: int) -> Tensor:
+        return random(*shape).to(dtype)
+
+    tokens = [F.normalize(some(3, C, heads, D), dim=-1) * there for _ in range(2)]
+    for largest, name in zip((0.1, 0.05, 0.9), configuration.gates.split(","), strict=True):
+        rate = largest * uniform(3, C, heads, L) * there
+        tokens.append(rate.to(getattr(torch, name)))
+    weights, momentum = (_matrices(configuration, random, 3, heads) for _ in range(2))
+    memory = [x.to(wide) for x in (*weights, *(0.1 * x for x in momentum))]
+    norm, taps = _norm(configuration, random, heads, dtype), configuration.taps
+    return Step(
+        Projected(
+            some(3, heads * D),
+            [some(3, heads * D) for _ in range(3)],
+            [some(3, heads * L) for _ in range(3)],
+        ),
+        StepWeights(
+            [some(heads * D, taps) / taps**0.5 for _ in range(3 if taps else 0)],
+            [some(heads * L) for _ in range(3)],
+            [] if norm is None else list(norm.unbind(1)),
+            some(heads, D),
+        ),
+        StepState(
+            [some(3, taps - 1, heads * D) for _ in range(3 if taps else 0)], tokens, length, memory
+        ),
+    )
+
+
 def _matrices(
     configuration: Configuration, random: Random, sequences: int, heads: int
 ) -> list[Tensor]:
@@ -219,3 +266,10 @@ def _norm(
     D = configuration.head_dim
     weight, bias = 1 + 0.1 * random(heads, D), 0.1 * random(heads, D)
     return (torch.stack([weight, bias], 1) / D**0.5).to(dtype)
+
+
+_KINDS: dict[str, tuple[Callable[..., Results], Callable[..., Any]]] = {
+    "neural_memory": (_memory, _memory_problem),
+    "retrieve": (_reading, _reading_problem),
+    "step": (_step, _step_problem),
+}

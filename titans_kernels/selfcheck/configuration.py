@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..kernels import tiles
 from ..packing import Options, Packed, Reading
+from ..stepping import Step
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 BLOCKS = 256  # tokens: two blocks of the largest tile. Longer sequences run the same code
@@ -21,7 +22,7 @@ MOST = 8192  # tokens that a check runs; chunks longer than half of it do not en
 class Configuration(NamedTuple):
     """A check that has passed holds for calls that agree in all of this."""
 
-    operator: str  # "neural_memory" or "retrieve"
+    operator: str  # "neural_memory", "retrieve" or "step"
     device: str
     torch: str
     triton: str
@@ -40,6 +41,7 @@ class Configuration(NamedTuple):
     chunk_size: int
     tokens: int  # of the longest sequence, rounded as the kernels' blocks are
     gradients: bool
+    taps: int = 0  # of a layer's convolutions
 
     @classmethod
     def of_memory(
@@ -70,11 +72,27 @@ class Configuration(NamedTuple):
             *(1, _tokens(longest, 1), True),
         )
 
+    @classmethod
+    def of_step(cls, step: Step, options: Options) -> Configuration:
+        k, gates = step.state.tokens[0], step.state.tokens[2:]
+        weights, filters = step.state.memory[: len(step.state.memory) // 2], step.weight.filters
+        return cls(
+            "step",
+            *_environment(k.device),
+            *(_name(k.dtype), ",".join(_name(x.dtype) for x in gates), _precision(k.dtype)),
+            *_network(k, weights),
+            gates[0].shape[-1] > 1,
+            bool(step.weight.norm),
+            *options,
+            *(k.shape[1], k.shape[1], False),
+            filters[0].shape[1] if filters else 0,
+        )
+
     def __str__(self) -> str:
         """As a user would say it."""
         hidden = f", hidden {self.hidden}" if self.hidden else ""
         sizes = f"D {self.head_dim}, depth {self.depth}{hidden}"
-        sizes += f", chunk {self.chunk_size}" if self.operator == "neural_memory" else ""
+        sizes += f", chunk {self.chunk_size}" if self.operator != "retrieve" else ""
         training = "with" if self.gradients else "without"
         return f"{self.operator}, {self.dtype}, {sizes}, {training} gradients, on {self.device}"
 

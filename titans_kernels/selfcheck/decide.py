@@ -12,6 +12,7 @@ import torch
 
 from .. import checks
 from ..packing import Options, Packed, Reading
+from ..stepping import Step
 from . import records
 from .check import check
 from .configuration import Configuration
@@ -43,6 +44,12 @@ def reading_backend(reading: Reading, options: Options, longest: int) -> str:
     """The same for queries alone."""
     configuration = Configuration.of_reading(reading, options, longest)
     return _backend(configuration, reading.q.shape[1], reading.q.device)
+
+
+def step_backend(step: Step, options: Options) -> str:
+    """The same for a decoded token of a layer."""
+    k = step.state.tokens[0]
+    return _backend(Configuration.of_step(step, options), k.shape[2], k.device)
 
 
 def forget() -> None:
