@@ -1,15 +1,18 @@
 """A token decoded in place: three kernels around the projections, into the state's own tensors."""
 
+import json
+
 import pytest
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titans_kernels import NeuralMemory
-from titans_kernels.kernels import launch, operator
+from titans_kernels.kernels import launch, launch_step, operator
 from titans_kernels.kernels.tiles import Tile, using
 from titans_kernels.layers import TitansLMM, TitansMAC, TitansMAG, TitansMAL, TitansTNT
 from titans_kernels.packing import Options, Packed
+from titans_kernels.selfcheck import decide
 
 SMALL = Tile(16, 16, 16, 16)
 BACKENDS = "torch", pytest.param("triton", marks=pytest.mark.slow)
@@ -127,6 +130,32 @@ def test_parameters_are_no_state():
     assert not torch.equal(state.memory.weights[0][0], first[0])
 
 
+@torch.no_grad()
+def test_strided_states_are_overwritten_too():
+    layer = made()
+    state = started(layer, 3, 1)
+    turned = state.map(lambda x: x.mT.contiguous().mT if x.dim() > 1 else x.clone())
+    assert not turned.memory.weights[0].is_contiguous()
+    wanted = state.clone()
+    for _ in range(2):
+        x = torch.randn(2, 24, dtype=torch.float64)
+        _, wanted = layer.step(x, wanted, inplace=True)
+        layer.step(x, turned, inplace=True)
+    assert_close(turned, wanted)
+
+
+@torch.no_grad()
+def test_hooks_are_called():
+    """What shards, offloads or casts around a call works by hooks."""
+    layer, called = made(), []
+    _, state = layer(torch.randn(1, 3, 24, dtype=torch.float64))
+    layer.register_forward_pre_hook(lambda *_: called.append("before"))
+    before = state.memory.k.data_ptr()
+    layer.step(torch.randn(1, 24, dtype=torch.float64), state, inplace=True)
+    assert called == ["before"] and state.memory.length.tolist() == [0]
+    assert state.memory.k.data_ptr() == before
+
+
 def test_gradients_and_arguments():
     layer = made()
     x = torch.randn(1, 24, dtype=torch.float64)
@@ -171,6 +200,54 @@ def test_what_is_not_finite_stays_in_its_sequence(backend, value):
         out, state = layer.step(x, state, inplace=True)
         assert out[0].isfinite().all() and not out[1].isfinite().any()
     assert all(w[0].isfinite().all() and not w[1].isfinite().any() for w in state.memory.weights)
+
+
+@pytest.fixture
+def undecided(tmp_path, monkeypatch):
+    monkeypatch.setenv("TITANS_KERNELS_AUTO", "check")
+    monkeypatch.setenv("TITANS_KERNELS_CACHE", str(tmp_path))
+    decide.forget()
+    yield tmp_path
+    decide.forget()
+
+
+def auto_step():
+    """By "auto", and by PyTorch."""
+    layers = [made(backend, heads=1).float() for backend in ("auto", "torch")]
+    x = torch.randn(1, 24)
+    states = [layers[1].step(x)[1].detach().clone() for _ in layers]
+    with torch.no_grad():
+        return [
+            layer.step(x, state, inplace=True) for layer, state in zip(layers, states, strict=True)
+        ]
+
+
+@pytest.mark.slow
+def test_kernels_of_a_step_are_checked(undecided, monkeypatch):
+    (out, state), (judged, wanted) = auto_step()
+    torch.testing.assert_close(out, judged)
+    assert_close(state, wanted, 1e-5)
+    (record,) = undecided.iterdir()
+    passed = json.loads(record.read_text())["passed"]
+    assert (passed["operator"], passed["taps"], passed["chunk_size"]) == ("step", 4, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", ["prepare", "finish"])
+def test_wrong_kernels_of_a_step_are_found(undecided, monkeypatch, wrong):
+    right = getattr(launch_step, wrong)
+
+    def planted(*args):
+        found = right(*args)
+        (found.theta if wrong == "prepare" else found).mul_(1.1)
+        return found
+
+    monkeypatch.setattr(launch_step, wrong, planted)
+    with pytest.warns(RuntimeWarning, match="failed their check and are not used"):
+        (out, state), (judged, wanted) = auto_step()
+    assert torch.equal(out, judged)
+    assert_close(state, wanted, 0.0)
+    assert not list(undecided.iterdir())
 
 
 def test_bytes_of_a_step(monkeypatch):

@@ -29,7 +29,6 @@ def retrieve_kernel(
     sizes,  # Sizes
     KEEP: tl.constexpr,  # for the backward pass
 ):
-    H: tl.constexpr = sizes.H
     PARTS: tl.constexpr = sizes.BT // sizes.BQ
     i_n, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_h = tl.program_id(2) // PARTS
