@@ -12,7 +12,7 @@ from titans_kernels import neural_memory, retrieve, warmup
 
 launch = pytest.importorskip("titans_kernels.kernels.launch")
 
-NOT_SPECIALISED = ("group", "blocks", "chunks")
+NOT_SPECIALISED = ("group", "blocks", "chunks", "final")
 
 
 def _launched(call):

@@ -35,7 +35,8 @@ def warmup(
 
     Runs the operators once on zeros: what is compiled is what they launch. Triton keeps it on disk,
     for every later process too. With backend "auto" the kernels check themselves first, and what
-    passes is remembered likewise. On a CPU, where "auto" is PyTorch, this does nothing.
+    passes is remembered likewise. On a CPU, where "auto" is PyTorch, this does nothing. The two
+    kernels around a token that is decoded in place are compiled by a layer's first such `step`.
 
     Args:
         heads, head_dim (int):

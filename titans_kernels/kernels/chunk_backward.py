@@ -51,21 +51,24 @@ def chunk_backward(
 
     # keys by keys: later ones by the chunk's, [BT, BC]
     b_s = tl.zeros([BT, sizes.BC], ACC)
-    for i in tl.range(0, ends[1], sizes.BR, num_stages=1, disable_licm=True):
-        m_r = i + o_r < D
-        b_l = load(tokens[0], o_i, m_l, i + o_r, m_r, sizes.H * D)  # [BT, BR]
-        b_k = load_t(tokens[0], o_c, m_c, i + o_r, m_r, sizes.H * D)  # [BR, BC]
-        b_s = dot(b_l, b_k, b_s, sizes.PRECISION)
-    # what later keys read the first layer with of the chunk's errors
-    b_s = (later(coefficient, i_b, rows, 0, sizes) * b_s).to(OP)
+    if sizes.EARLIER:
+        for i in tl.range(0, ends[1], sizes.BR, num_stages=1, disable_licm=True):
+            m_r = i + o_r < D
+            b_l = load(tokens[0], o_i, m_l, i + o_r, m_r, sizes.H * D)  # [BT, BR]
+            b_k = load_t(tokens[0], o_c, m_c, i + o_r, m_r, sizes.H * D)  # [BR, BC]
+            b_s = dot(b_l, b_k, b_s, sizes.PRECISION)
+        # what later keys read the first layer with of the chunk's errors
+        b_s = later(coefficient, i_b, rows, 0, sizes) * b_s
+    b_s = b_s.to(OP)
 
     if sizes.DEPTH == 1:
         p_dd = grad.layers[0].d + i_b * BT * D
         for i in tl.range(0, ends[1], sizes.BR, num_stages=1, disable_licm=True):
             m_r = i + o_r < D
             b_dd = load_t(p_dd, o_c, m_c, i + o_r, m_r, D)  # [BR, BC]
-            b_l = load_t(p_dd, o_i, m_l, i + o_r, m_r, D).to(OP)  # [BR, BT]
-            b_dd = dot(b_l, b_s, b_dd, sizes.PRECISION)
+            if sizes.EARLIER:
+                b_l = load_t(p_dd, o_i, m_l, i + o_r, m_r, D).to(OP)  # [BR, BT]
+                b_dd = dot(b_l, b_s, b_dd, sizes.PRECISION)
             store_t(p_dd, b_dd, o_c, m_c, i + o_r, m_r, D)
         tl.debug_barrier()
         output_backward(tokens, layers, grad, p_norm, place, rows, sizes)
@@ -116,11 +119,12 @@ def layers_backward(
     b_da, b_dc, b_dG = products_backward(
         kept, layers, coefficient, grad, place, rows, ends, i_l, sizes
     )
-    if row >= 0:
-        tl.store(grad.coefficient.a + i_row, known[0] + b_da)
-        tl.store(grad.coefficient.c + i_row, known[1] + b_dc)
-    p_dG = grad.coefficient.G + i_row * sizes.BT + tl.arange(0, sizes.BT)
-    tl.store(p_dG, known[2] - b_dG, mask=m_p)
+    if sizes.EARLIER:
+        if row >= 0:
+            tl.store(grad.coefficient.a + i_row, known[0] + b_da)
+            tl.store(grad.coefficient.c + i_row, known[1] + b_dc)
+        p_dG = grad.coefficient.G + i_row * sizes.BT + tl.arange(0, sizes.BT)
+        tl.store(p_dG, known[2] - b_dG, mask=m_p)
 
 
 @triton.jit
@@ -168,7 +172,7 @@ def errors_backward(b_s, layers, coefficient, grad, place, rows, ends, i_l: tl.c
     b_xx = tl.zeros([BT, BC], ACC)  # x by x
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
         m_h = j + o_h < HIDDEN
-        if i_l == 1:
+        if i_l == 1 and sizes.EARLIER:
             b_l = load_t(p_below, o_i, m_l, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BT]
             b_dd = load_t(p_below, o_c, m_c, j + o_h, m_h, HIDDEN)  # [BH, BC]
             b_dd = dot(b_l, b_s, b_dd, PRECISION)
@@ -182,12 +186,13 @@ def errors_backward(b_s, layers, coefficient, grad, place, rows, ends, i_l: tl.c
         store_t(p_de, b_de, o_c, m_c, j + o_h, m_h, HIDDEN)
 
         b_x = load_t(p_x, o_c, m_c, j + o_h, m_h, HIDDEN)  # [BH, BC]
-        b_l = load(p_de, o_i, m_l, j + o_h, m_h, HIDDEN)  # [BT, BH]
-        b_ex = dot(b_l, b_x, b_ex, PRECISION)
-        b_o = load(p_x, o_i, m_o, j + o_h, m_h, HIDDEN)  # [BT, BH]
-        b_xx = dot(b_o, b_x, b_xx, PRECISION)
-        b_o = tl.where(m_p[:, None], b_o, 0.0).to(OP)
-        b_ex = dot(b_o, b_de, b_ex, PRECISION)
+        if sizes.EARLIER:
+            b_l = load(p_de, o_i, m_l, j + o_h, m_h, HIDDEN)  # [BT, BH]
+            b_ex = dot(b_l, b_x, b_ex, PRECISION)
+            b_o = load(p_x, o_i, m_o, j + o_h, m_h, HIDDEN)  # [BT, BH]
+            b_xx = dot(b_o, b_x, b_xx, PRECISION)
+            b_o = tl.where(m_p[:, None], b_o, 0.0).to(OP)
+            b_ex = dot(b_o, b_de, b_ex, PRECISION)
     # what later keys read the layer with of ours, and ours of earlier ones'
     b_g = later(coefficient, i_b, rows, i_l, sizes)
     b_gx = tl.where(m_p[:, None], history(coefficient, i_b, row, m_p, i_l, sizes)[:, None], b_g)
@@ -201,10 +206,11 @@ def errors_backward(b_s, layers, coefficient, grad, place, rows, ends, i_l: tl.c
     for i in tl.range(0, out, BO, num_stages=1, disable_licm=True):
         m_r = i + o_o < OUT
         b_dd = load_t(p_dd, o_c, m_c, i + o_o, m_r, OUT)  # [BO, BC]
-        b_l = load_t(p_dd, o_i, m_l, i + o_o, m_r, OUT).to(OP)  # [BO, BT]
-        b_dd = dot(b_l, b_gxx, b_dd, PRECISION)
-        b_o = load_t(p_d, o_i, m_o, i + o_o, m_r, OUT).to(OP)  # [BO, BT]
-        b_dd = dot(b_o, b_gex, b_dd, PRECISION)
+        if sizes.EARLIER:
+            b_l = load_t(p_dd, o_i, m_l, i + o_o, m_r, OUT).to(OP)  # [BO, BT]
+            b_dd = dot(b_l, b_gxx, b_dd, PRECISION)
+            b_o = load_t(p_d, o_i, m_o, i + o_o, m_r, OUT).to(OP)  # [BO, BT]
+            b_dd = dot(b_o, b_gex, b_dd, PRECISION)
         b_w = tl.zeros([BO, BC], ACC)
         b_ws = tl.zeros([BO, BC], ACC)
         for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
@@ -212,14 +218,18 @@ def errors_backward(b_s, layers, coefficient, grad, place, rows, ends, i_l: tl.c
             b_de = load_t(p_de, o_c, m_c, j + o_h, m_h, HIDDEN)  # [BH, BC]
             b_m = load_t(p_w, j + o_h, m_h, i + o_o, m_r, OUT)  # [BO, BH]
             b_w = dot(b_m, b_de, b_w, PRECISION)
-            b_m = load_t(p_s, j + o_h, m_h, i + o_o, m_r, OUT)
-            b_ws = dot(b_m, b_de, b_ws, PRECISION)
-        b_d = load_t(p_d, o_c, m_c, i + o_o, m_r, OUT)  # [BO, BC]
-        b_da += tl.sum(b_d * b_w, 0)
-        b_dc += tl.sum(b_d * b_ws, 0)
-        b_dd += a * b_w + c * b_ws
-        b_o = load(p_d, o_i, m_o, i + o_o, m_r, OUT).to(OP)  # [BT, BO]
-        b_dd2 = dot(b_o, b_d.to(OP), b_dd2, PRECISION)
+            if sizes.EARLIER:
+                b_m = load_t(p_s, j + o_h, m_h, i + o_o, m_r, OUT)
+                b_ws = dot(b_m, b_de, b_ws, PRECISION)
+        if sizes.EARLIER:
+            b_d = load_t(p_d, o_c, m_c, i + o_o, m_r, OUT)  # [BO, BC]
+            b_da += tl.sum(b_d * b_w, 0)
+            b_dc += tl.sum(b_d * b_ws, 0)
+            b_dd += a * b_w + c * b_ws
+            b_o = load(p_d, o_i, m_o, i + o_o, m_r, OUT).to(OP)  # [BT, BO]
+            b_dd2 = dot(b_o, b_d.to(OP), b_dd2, PRECISION)
+        else:
+            b_dd += b_w
         store_t(p_dd, b_dd, o_c, m_c, i + o_o, m_r, OUT)
     return b_gx, b_xx, (b_g * b_dd2).to(OP), tl.sum(b_ex * b_dd2, 1), b_da, b_dc
 
@@ -285,14 +295,15 @@ def products_backward(kept, layers, coefficient, grad, place, rows, ends, i_l: t
     a, c = weights_of(coefficient, i_b, row, i_l, sizes)
 
     b_gd = tl.zeros([BT, BC], ACC)  # dz by d: ours by earlier ones', the later's by ours
-    for i in tl.range(0, out, BO, num_stages=1, disable_licm=True):
-        m_r = i + o_o < OUT
-        b_g = load_t(p_dz, o_c, m_c, i + o_o, m_r, OUT).to(OP)  # [BO, BC]
-        b_o = load(p_d, o_i, m_p, i + o_o, m_r, OUT).to(OP)  # [BT, BO]
-        b_gd = dot(b_o, b_g, b_gd, PRECISION)
-        b_d = load_t(p_d, o_c, m_c, i + o_o, m_r, OUT).to(OP)
-        b_l = load(p_dz, o_i, m_l, i + o_o, m_r, OUT).to(OP)
-        b_gd = dot(b_l, b_d, b_gd, PRECISION)
+    if sizes.EARLIER:
+        for i in tl.range(0, out, BO, num_stages=1, disable_licm=True):
+            m_r = i + o_o < OUT
+            b_g = load_t(p_dz, o_c, m_c, i + o_o, m_r, OUT).to(OP)  # [BO, BC]
+            b_o = load(p_d, o_i, m_p, i + o_o, m_r, OUT).to(OP)  # [BT, BO]
+            b_gd = dot(b_o, b_g, b_gd, PRECISION)
+            b_d = load_t(p_d, o_c, m_c, i + o_o, m_r, OUT).to(OP)
+            b_l = load(p_dz, o_i, m_l, i + o_o, m_r, OUT).to(OP)
+            b_gd = dot(b_l, b_d, b_gd, PRECISION)
     b_dG += tl.sum(b_xx * b_gd, 1)
     b_ggd = (b_gx * b_gd).to(OP)
     b_pa = tl.zeros([BH, BC], ACC)
@@ -307,16 +318,19 @@ def products_backward(kept, layers, coefficient, grad, place, rows, ends, i_l: t
             b_g = load_t(p_dz, o_c, m_c, i + o_o, m_r, OUT).to(OP)  # [BO, BC]
             b_m = load(p_w, j + o_h, m_h, i + o_o, m_r, OUT)  # [BH, BO]
             b_w = dot(b_m, b_g, b_w, PRECISION)
-            b_m = load(p_s, j + o_h, m_h, i + o_o, m_r, OUT)
-            b_ws = dot(b_m, b_g, b_ws, PRECISION)
-        b_x = load_t(p_x, o_c, m_c, j + o_h, m_h, HIDDEN).to(ACC)  # [BH, BC]
-        b_pa += b_x * b_w
-        b_pc += b_x * b_ws
-        b_dx = a * b_w + c * b_ws
-        b_l = load_t(p_de, o_i, m_l, j + o_h, m_h, HIDDEN)  # [BH, BT]
-        b_dx = dot(b_l, b_gdd, b_dx, PRECISION)
-        b_o = load_t(p_x, o_i, m_o, j + o_h, m_h, HIDDEN)
-        b_dx = dot(b_o, b_ggd, b_dx, PRECISION)
+            if sizes.EARLIER:
+                b_m = load(p_s, j + o_h, m_h, i + o_o, m_r, OUT)
+                b_ws = dot(b_m, b_g, b_ws, PRECISION)
+        b_dx = b_w
+        if sizes.EARLIER:
+            b_x = load_t(p_x, o_c, m_c, j + o_h, m_h, HIDDEN).to(ACC)  # [BH, BC]
+            b_pa += b_x * b_w
+            b_pc += b_x * b_ws
+            b_dx = a * b_w + c * b_ws
+            b_l = load_t(p_de, o_i, m_l, j + o_h, m_h, HIDDEN)  # [BH, BT]
+            b_dx = dot(b_l, b_gdd, b_dx, PRECISION)
+            b_o = load_t(p_x, o_i, m_o, j + o_h, m_h, HIDDEN)
+            b_dx = dot(b_o, b_ggd, b_dx, PRECISION)
         b_dx += load_t(p_dx, o_c, m_c, j + o_h, m_h, HIDDEN)
         b_z = load_t(p_z, o_c, m_c, j + o_h, m_h, HIDDEN)
         b_dz = load_t(p_below, o_c, m_c, j + o_h, m_h, HIDDEN)

@@ -264,8 +264,8 @@ def short(query: Queries, token: Tokens, scratch: Scratch, problem: Problem, fin
         chunks=problem.blocks.chunks,
         hidden=scratch.hidden,
         width=token.k.shape[2],
+        final=int(final),
         sizes=problem.sizes(token, scratch.hidden, depth),
-        FINAL=final,
         **problem.tile.scan.options(),
     )
 

@@ -16,7 +16,7 @@ from .retrieve import read_block
 from .scan import advance, block_of_keys
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks", "final"])
 def short_kernel(
     token,  # Tokens
     query,  # Queries: o is written
@@ -27,8 +27,8 @@ def short_kernel(
     chunks,  # to a block
     hidden,  # the hidden width, and
     width,  # D
+    final,  # whether the state is wanted, 0 or 1: then it moves, where a chunk ends
     sizes,  # Sizes
-    FINAL: tl.constexpr,  # whether the state is wanted: advanced, where a chunk ends
 ):
     H: tl.constexpr = sizes.H
     i_n, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -49,9 +49,9 @@ def short_kernel(
         block = (i_n, i_h, i_s, start_block(i_n, 0, i_h, 0, 1, sizes), first, count)
         memory = (coefficient, layers, query_layers, p_norm)
         read_block(token, query, memory, block, 0, hidden, sizes, False)
-        if FINAL:
-            tl.debug_barrier()
-            for i_l in tl.static_range(sizes.DEPTH):
-                o_end = (i_s * sizes.L + sizes.GATES[i_l]) * (4 + 2 * sizes.BT)
-                to = (coefficient.end + o_end, i_s, i_s, False, False)
-                advance(p_k, layers[i_l], to, count, learned > 0, hidden, width, i_l, sizes, False)
+        tl.debug_barrier()
+        moves = (learned > 0) & (final > 0)
+        for i_l in tl.static_range(sizes.DEPTH):
+            o_end = (i_s * sizes.L + sizes.GATES[i_l]) * (4 + 2 * sizes.BT)
+            to = (coefficient.end + o_end, i_s, i_s, False, False)
+            advance(p_k, layers[i_l], to, count, moves, hidden, width, i_l, sizes, False)

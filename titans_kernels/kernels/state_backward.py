@@ -131,21 +131,23 @@ def hand_back(tokens, layer, coefficient, grad, place, ends, i_l: tl.constexpr, 
             b_dw = a * b_dw
             if sizes.READ == "token":
                 b_dw, b_ds = add_readers(
-                    query, m_q, b_a, b_c, b_dw, b_ds, o_r, o_n, i_l, sizes, STRIDE
+                    query, m_q, b_a, b_c, b_dw, b_ds, o_r, o_n, i_l, sizes, STRIDE, True
                 )
             b_wk, b_sk = b_dw, b_ds
             if sizes.SPAN > 1:
                 b_wk = tl.load(grad.W_anchor + o_s, mask=m, other=0.0)
                 b_sk = tl.load(grad.S_anchor + o_s, mask=m, other=0.0)
-            b_wk, b_sk = add_readers(key, m_t, b_ak, b_ck, b_wk, b_sk, o_r, o_n, i_l, sizes, STRIDE)
+            b_wk, b_sk = add_readers(
+                key, m_t, b_ak, b_ck, b_wk, b_sk, o_r, o_n, i_l, sizes, STRIDE, sizes.EARLIER
+            )
             if sizes.READ == "chunk":
                 b_wk, b_sk = add_readers(
-                    query, m_q, b_ak, b_ck, b_wk, b_sk, o_r, o_n, i_l, sizes, STRIDE
+                    query, m_q, b_ak, b_ck, b_wk, b_sk, o_r, o_n, i_l, sizes, STRIDE, sizes.EARLIER
                 )
             if i_l > 0:
                 error = (grad.e + o_in, layer.d + o_out)
                 b_wk, b_sk = add_readers(
-                    error, m_t, b_ak, b_ck, b_wk, b_sk, o_r, o_n, i_l, sizes, STRIDE
+                    error, m_t, b_ak, b_ck, b_wk, b_sk, o_r, o_n, i_l, sizes, STRIDE, sizes.EARLIER
                 )
             if sizes.SPAN > 1:
                 if begins:  # the block's state and the chunk's are one
@@ -175,6 +177,7 @@ def add_readers(
     i_l: tl.constexpr,
     sizes,
     STRIDE: tl.constexpr,  # of h
+    MOMENTUM: tl.constexpr,  # whether they read S too: else c is 0
 ):
     """What readers give a tile of the state's gradient."""
     p_h, p_g = reader
@@ -184,5 +187,6 @@ def add_readers(
     b_h = load_t(p_h, o_t, m_t, o_r, o_r < sizes.WIDTHS[i_l], STRIDE)  # [BR, BT]
     b_g = load(p_g, o_t, m_t, o_n, o_n < OUT, OUT)  # [BT, BN]
     b_dw = dot(b_h, (b_a[:, None] * b_g).to(OP), b_dw, sizes.PRECISION)
-    b_ds = dot(b_h, (b_c[:, None] * b_g).to(OP), b_ds, sizes.PRECISION)
+    if MOMENTUM:
+        b_ds = dot(b_h, (b_c[:, None] * b_g).to(OP), b_ds, sizes.PRECISION)
     return b_dw, b_ds
