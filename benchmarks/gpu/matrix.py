@@ -44,6 +44,9 @@ def cases(rehearse: bool = False) -> tuple[Case, ...]:
     # The reference would take hours at these sizes. The tests compare our own backend with it.
     build = providers.our_operator
     ours = {"definition": build, "flop": flop}
+    in_place: dict[str, Builder] = {
+        "in place": partial(providers.our_step_in_place, backend="triton")
+    }
     found = (
         _ours(operator, build, _peers(operator) | peers.OPERATORS, **ours),
         replace(
@@ -75,7 +78,7 @@ def cases(rehearse: bool = False) -> tuple[Case, ...]:
             flop={},
         ),
         _ours(cpu["layer-paper"], providers.our_layer, _peers(cpu["layer-paper"]), flop={}),
-        _ours(decode, providers.our_step, _peers(decode)),
+        _ours(decode, providers.our_step, _peers(decode) | peers.DECODING | in_place),
     )
     if rehearse:
         tiny = {"shapes": (replace(TINY, T=24, H=1),), "modes": (FORWARD,)}

@@ -136,6 +136,10 @@ def cost(name: str, D: int, hidden: int, block: int, chunk: int, T: int) -> Cost
         ),
         "recall": Cost(4 * matrix, 4 * D + 4 * matrix / T),
         "coefficients": Cost(0, 6 + 4 * block + 16),
+        "short": Cost(  # of one chunk, whose keys read W alone; states are read in float32
+            22 * matrix + 4 * block * wide,
+            18 * D + 22 * hidden + 4 * block + 8 + 32 * states,
+        ),
         "retrieve_backward": Cost(
             4 * matrix + block * (4 * D + 6 * hidden),
             26 * D + 16 * hidden + 8 * block + 16 + 8 * D / block + 4 * states,

@@ -46,7 +46,7 @@ from .model import Cost
 from .offline import compiling
 from .sass import ARCHITECTURES, Report
 
-FORWARD = (*model.FORWARD_PASSES, "recall")
+FORWARD = (*model.FORWARD_PASSES, "recall", "short")
 KERNELS = (*FORWARD, *model.BACKWARD_PASSES)
 HEAD_DIMS = (64, 128, 256)
 T, H = 2048, 16
@@ -87,6 +87,10 @@ def launch(
             operator.backward(packed, options, chunk, longest, kept, packed.q, states)
             return
         operator.forward(packed, options, chunk, longest, [])
+        # As many tokens, each with the 15 before it: chunks that it decodes.
+        q, gates = q.view(-1, CHUNK, H, D), tuple(x.view(-1, CHUNK, H) for x in gates)
+        packed, longest = pack(q, q, q, gates, weights, norm, None, None)
+        operator.forward(packed, options, CHUNK, longest, [])
     with using(tile(D, hidden, q.dtype, arch)):
         starts = torch.cat([packed.bounds[:1, 0], packed.bounds[:, 1]])
         reading = Reading(packed.q, packed.weights, packed.norm, starts)
@@ -161,8 +165,11 @@ def version() -> str:
 
 
 def computes_twice(report: Report) -> bool:
-    """Whether warps compute products that others compute too, where tiles leave no room for it."""
-    fast = report.arch == "sm_90" and head_dim(report) <= 128
+    """Whether warps compute products that others compute too, where tiles leave no room for it.
+
+    Blocks of 16 tokens do: their products of tokens by tokens are one warp's.
+    """
+    fast = report.arch == "sm_90" and head_dim(report) <= 128 and size(report, "BT", 64) > 16
     return fast and report.twice is not None and report.twice > TWICE
 
 

@@ -175,7 +175,11 @@ CASES = (
         "One token through the layer after T - 1, in the middle of a chunk.",
         providers.layer_inputs,
         providers.defined_step,
-        {OURS: providers.our_step, "titans-pytorch": providers.titans_pytorch_step},
+        {
+            OURS: providers.our_step,
+            "in place": providers.our_step_in_place,
+            "titans-pytorch": providers.titans_pytorch_step,
+        },
         {},
         shapes=(Shape(T=1032),),
         quick=(Shape(T=40, H=2, D=16),),

@@ -7,6 +7,7 @@ not installed raises ImportError, which the report shows.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .providers import Builder, Inputs, Task, attention_leaves
@@ -55,6 +56,22 @@ def mamba2(inputs: Inputs, shape: Shape) -> Task:
     return Task(call, [q, k, v])
 
 
+def gated_delta_step(inputs: Inputs, shape: Shape) -> Task:
+    """flash-linear-attention's recurrent step of one token: its operator alone, without a layer."""
+    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+
+    token = F.normalize(inputs["x"][:, -1:].detach().unflatten(-1, (shape.H, shape.D)), dim=-1)
+    gate = token.new_full(token.shape[:3], 0.1)
+    state = token.new_zeros(shape.B, shape.H, shape.D, shape.D, dtype=torch.float32)
+
+    def call() -> Tensor:
+        how = {"initial_state": state, "output_final_state": True}
+        return fused_recurrent_gated_delta_rule(token, token, token, -gate.float(), gate, **how)[0]
+
+    return Task(call, [])
+
+
+DECODING: dict[str, Builder] = {"fla gated delta rule, its operator": gated_delta_step}
 OPERATORS: dict[str, Builder] = {
     "fla gated delta rule": gated_delta_rule,
     "fla TTT-Linear": ttt_linear,
