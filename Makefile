@@ -68,7 +68,7 @@ test-all: $(READY) ## The longer runs and wider sweeps that `make test` leaves o
 
 # The lower bounds that setup.py gives. Such a torch brings a Triton older than the kernels take.
 oldest_of = $(1)==$(shell sed -nE 's/.*"$(1)>=([0-9.]+)".*/\1/p' setup.py).*
-CORE := reference memory ops streaming nonfinite layer blocks models cache replace loss sessions
+CORE := reference memory ops streaming states nonfinite layer layer_module blocks models cache replace loss sessions
 oldest: ## The core of the tests with the oldest torch and transformers that setup.py admits
 	test -x $(OLD)/bin/python || $(PYTHON) -m venv $(OLD)
 	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check \
@@ -97,6 +97,7 @@ fuzz: $(READY) ## Compare 2,000 random calls of each kind with the definition, o
 
 static: $(READY) $(OTHER) ## Compile the shipped kernels for every GPU and judge their machine code
 	$(PY) -m benchmarks.machine_code.static --check
+	$(PY) -m benchmarks.machine_code.static --check --arch sm_90 --head-dim 64 --depth 3 4
 	PYTHONPATH=$(OTHER) $(PY) -m benchmarks.machine_code.static --check
 
 EXECUTE := PYTHONPATH=.:tests $(ONE_THREAD) $(PY) -m triton_support.machine

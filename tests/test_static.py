@@ -49,14 +49,27 @@ ALL = {
 def test_shipped_kernels(path, arch, head_dims, tmp_path):
     if path and not Path(path, "triton").is_dir():
         pytest.skip(f"no {path}; `make test` installs it")
+    out = _checked(path, tmp_path, "--arch", arch, "--head-dim", *map(str, head_dims))
+    assert all(f"\n{kernel} " in out for kernel in static.KERNELS)
+    assert out.startswith("Triton 3.6") or not path
+
+
+@pytest.mark.slow
+@pytest.mark.wide
+def test_kernels_of_deeper_memories(tmp_path):
+    depths = map(str, static.DEPTHS)
+    out = _checked("", tmp_path, "--arch", "sm_90", "--head-dim", "64", "--depth", *depths)
+    assert out.count("\nscan_backward ") == 1 + len(static.DEPTHS)
+
+
+def _checked(path, tmp_path, *options):
+    """What the check prints, of the Triton in `path`."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)} | ({"PYTHONPATH": path} if path else {})
-    command = [sys.executable, "-m", "benchmarks.machine_code.static", "--check", "--arch", arch]
-    command += ["--head-dim", *map(str, head_dims)]
+    command = [sys.executable, "-m", "benchmarks.machine_code.static", "--check", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert all(f"\n{kernel} " in done.stdout for kernel in static.KERNELS)
-    assert done.stdout.startswith("Triton 3.6") or not path
+    return done.stdout
 
 
 @pytest.mark.parametrize("version, stages", [("3.5.1", 1), ("3.7.2", 1), ("3.8.0", 2)])
@@ -91,8 +104,11 @@ def test_ceilings_are_recorded():
         for arch, D in (("sm_90", 128), ("sm_100", 64))
         for kernel in ("scan, D {}, chunk 64", "scan, D {}", "retrieve, D {}")
     }
-    for version in ("3.6", "3.9"):
-        assert wanted == static.recorded()[version].keys()
+    deeper = {
+        f"{kernel}, D 64, depth {depth}, sm_90" for kernel, depth in product(wide, static.DEPTHS)
+    }
+    assert wanted == static.recorded()["3.6"].keys()
+    assert wanted | deeper == static.recorded()["3.9"].keys()
 
 
 # -------------------------------------------------------------------------------- the check itself

@@ -3,15 +3,15 @@
 Run `python -m benchmarks.machine_code.static`.
 
 Compiles every kernel for every target with the tile that ships, in bfloat16, chunks of 16, hidden
-4 D; scan, which holds a chunk, for chunks of 64 too. A "+" marks what backward computes again of
-forward, and keeps more of; inputs_backward is compiled for queries (q) and for keys (k). Prints
-registers, bytes of stack and of shared memory, instructions and how many of them are products on
-tensor cores; then what a token of a head costs: FLOP, bytes and the floor of both, and the warp
-instructions that are executed for it, all of them and by kind ("float": elementwise, "special": of
-the special function unit). "twice" is how often a product is computed, on average: warps that do
-not find rows of their own in a tile compute those of others again. `--check` judges all of it by
-limits and by the ceilings recorded for the installed Triton, `--record` records them. Any other
-case:
+4 D, a memory of two layers; scan, which holds a chunk, for chunks of 64 too; with `--depth 3 4`, at
+D 64, memories of three and four layers. A "+" marks what backward computes again of forward, and
+keeps more of; inputs_backward is compiled for queries (q) and for keys (k). Prints registers, bytes
+of stack and of shared memory, instructions and how many of them are products on tensor cores; then
+what a token of a head costs: FLOP, bytes and the floor of both, and the warp instructions that are
+executed for it, all of them and by kind ("float": elementwise, "special": of the special function
+unit). "twice" is how often a product is computed, on average: warps that do not find rows of their
+own in a tile compute those of others again. `--check` judges all of it by limits and by the
+ceilings recorded for the installed Triton, `--record` records them. Any other case:
 
     python -m benchmarks.machine_code.offline benchmarks.machine_code.static:launch \\
         --arch sm_90 --case \\
@@ -49,6 +49,7 @@ from .sass import ARCHITECTURES, Report
 FORWARD = (*model.FORWARD_PASSES, "recall", "short")
 KERNELS = (*FORWARD, *model.BACKWARD_PASSES)
 HEAD_DIMS = (64, 128, 256)
+DEPTHS = (3, 4)  # of deeper memories, which are compiled at D 64
 T, H = 2048, 16
 CHUNK, LONG_CHUNK = 16, 64
 
@@ -121,6 +122,7 @@ def chunk_size(report: Report) -> int:
 
 def key(report: Report) -> str:
     sizes = [f"D {head_dim(report)}" if head_dim(report) else f"block {size(report, 'BT')}"]
+    sizes += [f"depth {depth(report)}"] if depth(report) > 2 else []
     sizes += [f"chunk {chunk_size(report)}"] if chunk_size(report) != CHUNK else []
     sizes += [f"block {size(report, 'BT')}"] if is_training(report) else []
     return ", ".join([name(report), *sizes, report.arch])
@@ -133,8 +135,15 @@ def is_training(report: Report) -> bool:
     return name(report) in ("scan", "retrieve") and size(report, "BT") != alone.block
 
 
-def cost(report: Report) -> Cost:
-    """Of hidden widths as in `launch`."""
+def depth(report: Report) -> int:
+    """Of the memory; 2 for the coefficients, which know none."""
+    return size(report, "DEPTH", 2)
+
+
+def cost(report: Report) -> Cost | None:
+    """Of hidden widths as in `launch`; of deeper memories there is no formula."""
+    if depth(report) > 2:
+        return None
     D, block = head_dim(report), size(report, "BT")
     return model.cost(name(report), D, 4 * D, block, chunk_size(report), T)
 
@@ -151,11 +160,13 @@ def a_token(report: Report, *kinds: str) -> float:
 
 def measured(report: Report) -> dict[str, int]:
     """What has a recorded ceiling. Registers are handed out by eights."""
+    spilled = {"bytes of stack": report.stack} if depth(report) > 2 else {}
     return {
         "registers": -(-report.registers // 8) * 8,
         "bytes of shared memory": report.shared,
         "narrow loads": narrow_loads(report),
         "instructions a token": ceil(a_token(report)),
+        **spilled,
     }
 
 
@@ -216,12 +227,12 @@ def record(reports: Iterable[Report]) -> None:
 
 
 COLUMNS = (
-    *("kernel", "D", "chunk", "target", "block", "slice", "queries", "warps", "stages"),
+    *("kernel", "D", "depth", "chunk", "target", "block", "slice", "queries", "warps", "stages"),
     *("regs", "stack", "shared", "products", "instr", "FLOP", "bytes", "floor ns"),
     *("executed", *CLASSES, "twice"),
 )
 WIDTHS = (  # negative: to the left
-    *(-22, 5, 7, 8, 7, 7, 9, 7, 8, 6, 7, 9, 10, 8, 12, 10, 10),
+    *(-22, 5, 7, 7, 8, 7, 7, 9, 7, 8, 6, 7, 9, 10, 8, 12, 10, 10),
     *(10, *(max(7, len(kind) + 2) for kind in CLASSES), 7),
 )
 
@@ -230,11 +241,13 @@ def line(report: Report) -> str:
     """A row of the table."""
     sizes = [size(report, name) or "" for name in ("BT", "BH", "BQ")]
     costs = cost(report)
+    theirs = (f"{costs.flop:,.0f}", f"{costs.bytes:,.0f}") if costs else ("", "")
+    memory = (head_dim(report) or "all", depth(report), chunk_size(report))
     cells = (
-        *(name(report), head_dim(report) or "all", chunk_size(report), report.arch, *sizes),
+        *(name(report), *memory, report.arch, *sizes),
         *(report.num_warps, report.num_stages, report.registers, report.stack, report.shared),
-        *(report.products, report.instructions, f"{costs.flop:,.0f}", f"{costs.bytes:,.0f}"),
-        f"{costs.floor:.2f}" if report.arch == "sm_90" else "",
+        *(report.products, report.instructions, *theirs),
+        f"{costs.floor:.2f}" if costs and report.arch == "sm_90" else "",
         f"{a_token(report):.0f}",
         *(f"{a_token(report, kind):.1f}" for kind in CLASSES),
         f"{report.twice:.2f}" if report.twice else "",
@@ -264,8 +277,13 @@ def together(reports: Iterable[Report]) -> list[Report]:
     ]
 
 
-def compiled(architectures: Iterable[str], head_dims: Iterable[int]) -> Iterable[list[Report]]:
-    """Reports of a launch at a time; coefficients know a block's size, and no head dimension."""
+def compiled(
+    architectures: Iterable[str], head_dims: Iterable[int], depths: Iterable[int] = ()
+) -> Iterable[list[Report]]:
+    """Reports of a launch at a time; coefficients know a block's size, and no head dimension.
+
+    Of memories deeper than two layers those of `depths`, at D 64.
+    """
     for arch in architectures:
         seen: set[str] = set()
         for size in head_dims:
@@ -280,6 +298,8 @@ def compiled(architectures: Iterable[str], head_dims: Iterable[int]) -> Iterable
                 if ways[0] != ways[1]:
                     only = only or {"scan_kernel", "retrieve_kernel"}
                     launches.append((only, options | {"training": True}))
+            for depth in depths if size == HEAD_DIMS[0] else ():
+                launches += [(None, {"depth": depth, "backward": x}) for x in (False, True)]
             for only, options in launches:
                 with compiling(arch, only) as reports:
                     launch(size, arch, **options)
@@ -294,6 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--head-dim", nargs="+", type=int, default=HEAD_DIMS)
+    parser.add_argument("--depth", nargs="*", type=int, choices=DEPTHS, default=(), help="at D 64")
     parser.add_argument("--check", action="store_true", help="judge; the exit code says how")
     parser.add_argument("--record", action="store_true", help="make this the ceilings")
     options = parser.parse_args(argv)
@@ -301,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Triton {triton.__version__}; FLOP, bytes and floor of a token and head")
     print(row(COLUMNS), flush=True)
     reports = []
-    for batch in compiled(options.arch, options.head_dim):
+    for batch in compiled(options.arch, options.head_dim, options.depth):
         print(*map(line, batch), sep="\n", flush=True)
         reports += batch
     if options.record:

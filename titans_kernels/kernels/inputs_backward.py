@@ -88,14 +88,15 @@ def inputs_backward_kernel(
     b_gD = tl.zeros([BT, BT], ACC)
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
         m_s = j + o_h < HIDDEN
-        b_g = load_t(p_g, o_t, m_t, j + o_h, m_s, HIDDEN).to(OP)  # [BH, BT]
-        b_d = load(p_d, o_t, m_t, j + o_h, m_s, HIDDEN).to(OP)  # [BT, BH]
+        b_g = load_t(p_g + j, o_t, m_t, o_h, m_s, HIDDEN).to(OP)  # [BH, BT]
+        b_d = load(p_d + j, o_t, m_t, o_h, m_s, HIDDEN).to(OP)  # [BT, BH]
         b_gD = dot(b_d, b_g, b_gD, PRECISION)
     b_hX = tl.zeros([BT, BT], ACC)
     for i in tl.range(0, width, BR, num_stages=1, disable_licm=True):
-        o_r = i + tl.arange(0, BR)
-        b_k = load(p_k, o_t, m_t, o_r, o_r < D, H * D)  # [BT, BR]
-        b_h = load_t(p_h, o_t, m_h, o_r, o_r < D, H * D)  # [BR, BT]
+        o_r = tl.arange(0, BR)
+        m_r = i + o_r < D
+        b_k = load(p_k + i, o_t, m_t, o_r, m_r, H * D)  # [BT, BR]
+        b_h = load_t(p_h + i, o_t, m_h, o_r, m_r, H * D)  # [BR, BT]
         b_hX = dot(b_k, b_h, b_hX, PRECISION)
     b_dG = -b_hX * b_gD
     o_G = o_t[None, :] * BT + o_t[:, None]
@@ -120,10 +121,10 @@ def inputs_backward_kernel(
         b_gS = tl.zeros([BR, BT], ACC)
         for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
             m_s = j + o_h < HIDDEN
-            b_g = load_t(p_g, o_t, m_t, j + o_h, m_s, HIDDEN).to(OP)  # [BH, BT]
-            b_m = load(p_w, o_r, m_r, j + o_h, m_s, HIDDEN)  # [BR, BH]
+            b_g = load_t(p_g + j, o_t, m_t, o_h, m_s, HIDDEN).to(OP)  # [BH, BT]
+            b_m = load(p_w + j, o_r, m_r, o_h, m_s, HIDDEN)  # [BR, BH]
             b_gW = dot(b_m, b_g, b_gW, PRECISION)
-            b_m = load(p_s, o_r, m_r, j + o_h, m_s, HIDDEN)
+            b_m = load(p_s + j, o_r, m_r, o_h, m_s, HIDDEN)
             b_gS = dot(b_m, b_g, b_gS, PRECISION)
 
         b_h = load_t(p_h, o_t, m_h, o_r, m_r, H * D)  # [BR, BT]

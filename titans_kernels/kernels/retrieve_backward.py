@@ -195,10 +195,11 @@ def errors_backward(
     """What queries give a layer's errors."""
     o_t = tl.arange(0, sizes.BT)
     for j in tl.range(0, width, BN, num_stages=1, disable_licm=True):
-        o_n = j + tl.arange(0, BN)
-        b_g = load(p_g, o_t, m_t, o_n, o_n < WIDTH, WIDTH).to(b_hX.dtype)  # [BT, BN]
+        o_n = tl.arange(0, BN)
+        m_n = j + o_n < WIDTH
+        b_g = load(p_g + j, o_t, m_t, o_n, m_n, WIDTH).to(b_hX.dtype)  # [BT, BN]
         b_dd = dot(b_hX, b_g, None, sizes.PRECISION)
-        store(p_dd, b_dd, o_t, m_t, o_n, o_n < WIDTH, WIDTH)
+        store(p_dd + j, b_dd, o_t, m_t, o_n, m_n, WIDTH)
 
 
 @triton.jit
