@@ -44,3 +44,15 @@ def test_a_line_that_does_not_fit_is_an_error(tmp_path, monkeypatch):
     for old, times in (("no such text", 0), ("return", r"\d+")):
         with pytest.raises(LookupError, match=f"got '{old}' {times} times, takes it once"):
             mutants.Fault(file, old, "pass", "").source()
+
+
+def test_a_test_that_never_ends_gives_no_verdict(monkeypatch, tmp_path):
+    """Whether it computes, or waits."""
+    monkeypatch.setattr(mutants, "LIMIT", 1)
+    monkeypatch.setattr(mutants, "HANGS", 20)
+    fault = mutants.faults()[0]
+    for body in ("while True: pass", "import time; time.sleep(1000)"):
+        (tmp_path / "test_endless.py").write_text(f"def test(): {body}\n")
+        endless = fault._replace(test=os.path.relpath(tmp_path / "test_endless.py", ROOT / "tests"))
+        ((_, wrong),) = mutants.survivors([endless])
+        assert wrong.startswith("NO VERDICT")
