@@ -29,7 +29,9 @@ def coefficients_kernel(
     if count == 0:
         return
     i_b = slot_of(i_n, i_block, tl.num_programs(1), i_h, sizes)
-    rows_of_gates(token, coefficient, (first * H + i_h, i_b), count, end, i_l, sizes, KEEP)
+    rows_of_gates(
+        token, coefficient, (first * H + i_h, i_b), count, end, sizes.BT, i_l, sizes, KEEP
+    )
 
 
 @triton.jit
@@ -39,6 +41,7 @@ def rows_of_gates(
     place,  # the first token's gates, the block
     count,
     end,  # tokens that the state handed on has learned from
+    rows,  # BT
     i_l,
     sizes,
     KEEP: tl.constexpr,
@@ -64,7 +67,7 @@ def rows_of_gates(
         tl.store(p_end + 2, p)
         tl.store(p_end + 4 + o_t, b_G)
         tl.store(p_end + 4 + BT + o_t, b_P)
-    for t in range(0, BT):
+    for t in range(0, rows):
         if t < count:
             theta = tl.load(token.theta + o_gate + t * H * L).to(ACC)
             keep = 1.0 - tl.load(token.alpha + o_gate + t * H * L).to(ACC)

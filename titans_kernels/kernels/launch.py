@@ -262,6 +262,7 @@ def short(query: Queries, token: Tokens, scratch: Scratch, problem: Problem, fin
         query_layers=scratch.query_layers,
         p_norm=norm_or(problem.norm, scratch.coefficient.a),
         chunks=problem.blocks.chunks,
+        rows=problem.tile.block,
         hidden=scratch.hidden,
         width=token.k.shape[2],
         final=int(final),

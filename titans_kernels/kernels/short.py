@@ -25,6 +25,7 @@ def short_kernel(
     query_layers,  # QueryLayers, out: the inputs of layers between two others
     p_norm,  # [H, 2, D]
     chunks,  # to a block
+    rows,  # of coefficients, BT, known at run time only: few are unrolled, and then not counted
     hidden,  # the hidden width, and
     width,  # D
     final,  # whether the state is wanted, 0 or 1: then it moves, where a chunk ends
@@ -40,7 +41,7 @@ def short_kernel(
         p_k, p_v = token.k + o_k, token.v + o_k
         for i_l in tl.static_range(sizes.L):
             at = (first * H + i_h, i_s)
-            rows_of_gates(token, coefficient, at, count, learned, i_l, sizes, False)
+            rows_of_gates(token, coefficient, at, count, learned, rows, i_l, sizes, False)
         tl.debug_barrier()
         place = (i_s, i_s, i_s)
         block_of_keys(
