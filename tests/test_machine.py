@@ -34,6 +34,14 @@ def test_the_package_decodes_and_trains_on_the_compilers_code():
         assert row["products"] > 10, "no tensor cores"
 
 
+@pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_90", marks=pytest.mark.wide)])
+def test_a_token_is_decoded_in_place_on_the_compilers_code(arch):
+    """In float32, and in bfloat16 as far as its rounding of the projections goes."""
+    single, half = map(json.loads, run(".step", "--arch", arch).splitlines())
+    assert single["launches"] == ["prepare_kernel", "short_kernel", "finish_kernel"] * 3
+    assert single["error"] < 1e-6 and half["error"] < 1e-2
+
+
 def test_what_is_executed_is_what_is_counted_along_loops():
     """PTX and machine code, counted without executing them, against the emulator's count."""
     records = [json.loads(line) for line in run(".counts").splitlines()]  # fails where they differ
