@@ -8,7 +8,7 @@ the emulator on kernels of a few lines and on faults planted in their PTX; `case
 package's launches against the reference; `python -m triton_support.machine` writes the table of
 docs/machine.md.
 
-Found in every launch: accesses out of bounds or misaligned, reads of uninitialised shared memory,
+Found in every launch: accesses out of bounds or misaligned, reads of uninitialised memory,
 bytes that two warps touch without a barrier between (one of them writing something else), bytes
 that two programs of a grid touch, asynchronous copies and products that are still in flight where
 their bytes are used, ld.global.nc of what the launch writes, operands of wgmma without a proxy

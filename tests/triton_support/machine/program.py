@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from .build import core, operations
 from .decode import Program
@@ -32,6 +33,7 @@ COUNTERS = [
     "poisoned",
     "same_global",
     "proxy_copies",
+    "uninitialised_global",
 ]
 # What no launch may show. `same_*` are two warps that write the same value: replicated tiles.
 FAULTS = [
@@ -44,13 +46,22 @@ FAULTS = [
     "misaligned",
     "proxy",
     "proxy_copies",
+    "uninitialised_global",
 ]
+UNWRITTEN = 0x7FA57FA5  # what uninitialised global memory holds: core/memory.h
 SHADOW = 32  # bytes of the core's struct Sh, one for two bytes of memory
 _ticks = (ctypes.c_uint32 * 2)(0, 0)  # epochs and programs so far
 
 
 class Fault(Exception):
     """The launch stopped: an access out of bounds, a barrier that not every warp reached."""
+
+
+def unwritten(x: torch.Tensor) -> torch.Tensor:
+    """A dense tensor, as if nobody had written it: the core finds who reads it."""
+    half = torch.int16 if x.itemsize == 2 else torch.int32
+    x.view(half).fill_(UNWRITTEN if half == torch.int32 else UNWRITTEN & 0xFFFF)
+    return x
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import triton
 from . import samples
 from .faults import ADDRESS, BARRIER, FRAGMENT, WAIT, everywhere, faults
 from .launches import executing
-from .program import Fault
+from .program import Fault, unwritten
 
 # M, N, K; tile; warps, stages. The first has edges in all three, the second spans programs.
 PRODUCTS = (
@@ -107,6 +107,14 @@ def strictness(arch: str) -> int:
     with executing(arch) as found:
         samples.reverse[(1,)](torch.empty(512), torch.empty(512), 512, False)
         samples.overlap[(3,)](torch.empty(400), 128)
+        for dtype in (torch.float32, torch.bfloat16):
+            x, y = torch.zeros(128, dtype=dtype), torch.zeros(128, dtype=dtype)
+            samples.copy[(1,)](x, y, 128)
+            unwritten(x[64:])
+            samples.copy[(1,)](x, y, 128)
+    for launch, read in zip(found[2:], (False, True, False, True), strict=True):
+        if bool(launch.counts["uninitialised_global"]) != read:
+            raise AssertionError(f"uninitialised global memory: {launch.counts}")
     if not found[0].counts["races_global"] or not found[1].counts["races_grid"]:
         raise AssertionError("a race in global memory was not found")
     with executing(arch):
@@ -116,7 +124,7 @@ def strictness(arch: str) -> int:
             assert "out of bounds" in str(fault), fault
         else:
             raise AssertionError("a load out of bounds was not found")
-    return 3
+    return 5
 
 
 def small() -> torch.Tensor:

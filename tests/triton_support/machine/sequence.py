@@ -22,7 +22,7 @@ from titans_kernels.kernels.tiles import Blocks, Tile, tile, using
 
 from .cases import Case
 from .launches import executing
-from .program import Found
+from .program import Found, unwritten
 
 # How asynchronous operands land, and whether a load that races reads NaN: three runs, same bits.
 MODES = ({"late": True}, {"late": False}, {"late": True, "poison": True})
@@ -51,12 +51,12 @@ class Row:
 
 @contextmanager
 def _poisoned() -> Iterator[None]:
-    """Uninitialised memory is NaN."""
+    """Uninitialised memory is a NaN that the emulator knows."""
 
     def filled(make):
         def empty(*args, **kwargs):
             x = make(*args, **kwargs)
-            return x.fill_(float("nan")) if x.is_floating_point() else x
+            return unwritten(x) if x.is_floating_point() and x.is_contiguous() else x
 
         return empty
 

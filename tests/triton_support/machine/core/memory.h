@@ -96,6 +96,24 @@ static inline u8* sptr(Emu& e, u64 a, u32 size, Sh*& sh) {
   sh = e.ssh.data() + a / 2;
   return e.sm.data() + a;
 }
+// What nobody has written is this, twice in a word: a NaN in every floating-point type of 16 and
+// 32 bits, so no result of a kernel.
+static const u16 UNWRITTEN = 0x7fa5;
+static inline void unwritten(Emu& e, const u8* p, u32 element, u32 size, u64 a) {
+  for (u32 i = 0; element > 1 && i < size; i += element) {
+    bool all = true;
+    for (u32 k = 0; k < element; k += 2) {
+      u16 x;
+      memcpy(&x, p + i + k, 2);
+      all &= x == UNWRITTEN;
+    }
+    if (all) {
+      e.st.uninit_g++;
+      e.note("uninitialised global read", a + i);
+      return;
+    }
+  }
+}
 static void docp(Emu& e, const Cp& c, bool issue, bool move) {
   Sh* sh;
   e.lane = c.lane;
@@ -106,6 +124,7 @@ static void docp(Emu& e, const Cp& c, bool issue, bool move) {
     u8* g = gptr(e, c.src, c.size,
                  gs);  // the source must be aligned to the copy's size; only n bytes are read
     memcpy(buf, g, c.n);
+    unwritten(e, g, 4, c.n & ~3u, c.src);
     touch<false, true>(e, gs, (c.n + 1) / 2, c.src, 0, 0);
   }
   u8* d = sptr(e, c.dst, c.size, sh);

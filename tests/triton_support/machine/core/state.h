@@ -61,7 +61,7 @@ struct Warp {
 };
 struct Stats {
   u64 instr, mma, races_s, races_g, races_cta, benign_ww, uninit_s, nc, pend, misal, bars, proxy,
-      divergent, poisoned, benign_g, proxy_cp;
+      divergent, poisoned, benign_g, proxy_cp, uninit_g;
 };
 struct Emu {
   const Ins* code;
