@@ -69,6 +69,45 @@ def check_packed_sequences_cut_by_borders(rank, folder):
         _summed_gradients(many, one, name)
 
 
+def check_sequences_whose_states_stay(rank, folder):
+    """With state="none" and borders in a sequence, between two, and between empty ones."""
+    at = sum(SIZES[dist.get_world_size()][:1])
+    for name in ("memory", "lmm", "mac", "mag", "tnt"):
+        one = layer(name)
+        many = _sharded(one, _mesh()["length"], state="none", pieces=2)
+        for packed in (PACKED, torch.tensor([0, 3, at, at, 16]), torch.tensor([0, 16])):
+            x = tokens(1, 16, 8).requires_grad_()
+            y = _own(x, rank).detach().clone().requires_grad_()
+            one.zero_grad()
+            many.zero_grad()
+            want, got = read(one, [x], packed), read(many, [y], packed)
+            close(got, _own(want, rank), "out", name)
+            close(y.grad, _own(x.grad, rank), "gradient", name)
+            _summed_gradients(many, one, name)
+            assert many(y, None, packed)[1] is None
+            # What they continue from goes to all of them.
+            _, before = one(x[:, :8], None, packed.clamp(max=8))
+            want, _ = one(x, before, packed)
+            got, after = many(y, before if rank == 0 else None, packed)
+            close(got, _own(want, rank), "out", name)
+            assert after is None
+
+
+def check_resets_at_borders(rank, folder):
+    """Local memories begin again there, every 6 tokens, of which two are persistent."""
+    one = layer("tnt")
+    many = _sharded(one, _mesh()["length"], pieces=2, state="all")
+    for sizes in {2: ([10, 7], [6, 7]), 4: ([4, 6, 5, 3], [6, 4, 2, 3])}[dist.get_world_size()]:
+        one.zero_grad()
+        many.zero_grad()
+        x = tokens(2, sum(sizes), 8).requires_grad_()
+        y = x.detach().split(sizes, 1)[rank].clone().requires_grad_()
+        want, got = read(one, [x, x])[:, x.shape[1] :], read(many, [y, y])[:, y.shape[1] :]
+        close(got, want.split(sizes, 1)[rank], "out", "tnt")
+        close(y.grad, x.grad.split(sizes, 1)[rank], "gradient", "tnt")
+        _summed_gradients(many, one, "tnt")
+
+
 def check_pieces(rank, folder):
     """Of any number, the result is the same; so many messages go."""
     one = NeuralMemory(8, heads=3, dim_head=4, conv_size=None, dtype=torch.float64)
@@ -176,10 +215,13 @@ def check_mistakes_of_one_rank(rank, folder):
     if count != 2:
         return
     many, x, chunks = layer("memory"), tokens(2, 4, 8), copy.deepcopy(layer("memory"))
+    pieces, kept = copy.deepcopy(chunks), copy.deepcopy(chunks)
     chunks.chunk_size = 8
     _, state = many(x)
-    ShardLength()._apply(many, mesh)
-    ShardLength()._apply(chunks, mesh)
+    for part in (many, chunks):
+        ShardLength()._apply(part, mesh)
+    ShardLength(pieces=3)._apply(pieces, mesh)
+    ShardLength(state="none")._apply(kept, mesh)
     faults = [
         ("shape of x", lambda: many(x[:1])),
         ("dtype of x", lambda: many(x.float())),
@@ -187,6 +229,8 @@ def check_mistakes_of_one_rank(rank, folder):
         ("state: got LayerState", lambda: many(x, state)),
         ("options", lambda: many.recall(x)),
         ("chunk_size: got 8 on rank 1 (2 of 2", lambda: chunks(x)),
+        ("pieces: got 3", lambda: pieces(x)),
+        ("state of ShardLength: got none", lambda: kept(x)),
     ]
     for words, call in faults:
         dist.barrier()
@@ -273,6 +317,8 @@ def check_data_and_length(rank, folder):
 TWO = [
     check_outputs_and_gradients_of_tokens,
     check_packed_sequences_cut_by_borders,
+    check_sequences_whose_states_stay,
+    check_resets_at_borders,
     check_pieces,
     check_states,
     check_what_only_a_sequence_starts_with,

@@ -146,10 +146,17 @@ def test_windows_of_text(tmp_path):
 
 
 @torch.no_grad()
-def test_evaluation_is_of_whole_texts(tmp_path):
+@pytest.mark.parametrize("loss_chunk", [None, 14])
+def test_evaluation_is_of_whole_texts(tmp_path, loss_chunk):
     """The memory is carried from piece to piece: what reading in one go gives."""
-    training = Training(_config(tmp_path, evaluate_length=40), ALONE)
+    model = MODEL | {"loss_chunk": loss_chunk}
+    training = Training(_config(tmp_path, evaluate_length=40, model=model), ALONE)
+    tokens = []
+    training.model.lm_head.register_forward_hook(
+        lambda head, args, logits: tokens.append(logits[..., 0].numel())
+    )
     found = training.evaluate()
+    assert max(tokens) == (loss_chunk or 2 * 16) and sum(tokens) == 2 * 40
     assert [(row["from"], row["to"]) for row in found] == [(0, 16), (16, 32), (32, 40)]
     middles = [(len(file) - 41) // 2 for file in training.held_out[:2]]
     pairs = zip(training.held_out, middles, strict=False)

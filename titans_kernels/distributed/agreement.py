@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,21 @@ from ..packing import known
 from .messages import Line
 
 
+class Agreed(NamedTuple):
+    """What a rank knows of the call from the ranks before it.
+
+    Args:
+        cu_seqlens: of this rank's tokens.
+        fresh: whether the first rank was given no state.
+        start, end: of this rank's tokens in the whole row.
+    """
+
+    cu_seqlens: Tensor | None
+    fresh: bool
+    start: int
+    end: int
+
+
 def agree(
     line: Line,
     module: nn.Module,
@@ -23,14 +38,11 @@ def agree(
     state: Any,
     cu_seqlens: Tensor | None,
     options: dict[str, Any],
-) -> tuple[Tensor | None, bool]:
+) -> Agreed:
     """Compare this rank's call with that of the rank before it.
 
     Args:
         cu_seqlens: of the whole row.
-
-    Returns:
-        cu_seqlens of this rank's tokens, and whether the first rank was given no state.
 
     Raises:
         ValueError: naming both ranks and what they differ in.
@@ -48,13 +60,13 @@ def agree(
         line.put_facts(facts | {"start": end}, line.rank + 1, x.device)
     fresh = facts["state"] is None
     if cu_seqlens is None:
-        return None, fresh
+        return Agreed(None, fresh, start, end)
     if line.last and known(cu_seqlens) and int(cu_seqlens[-1]) != end:
         raise ValueError(
             f"cu_seqlens: got {int(cu_seqlens[-1])} last, takes {end}, the tokens of all "
             f"{line.count} ranks together"
         )
-    return (cu_seqlens - start).clamp(0, x.shape[1]), fresh
+    return Agreed((cu_seqlens - start).clamp(0, x.shape[1]), fresh, start, end)
 
 
 def _facts(
@@ -68,6 +80,7 @@ def _facts(
     return {
         "module": type(module).__name__.lstrip("_"),
         **_options(module),
+        **getattr(module, "_sharding", {}),
         "shape of x without its length": [x.shape[0], x.shape[2]],
         "dtype of x": str(x.dtype),
         "cu_seqlens": packed,

@@ -86,6 +86,7 @@ class ShardHeads(ParallelStyle):
                 _exchange(part, device_mesh, scattered)
         if self.sequence_parallel and isinstance(module, Block):
             _divide_tokens(module, device_mesh)
+        module._sharding = {"sequence_parallel": self.sequence_parallel}  # type: ignore[assignment]
         _agree(module, Line(device_mesh.get_group()))
         return module
 

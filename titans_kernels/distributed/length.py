@@ -21,11 +21,13 @@ from ..layers.local import TNTMemory
 from ..layers.sealing import unsealed
 from ..layers.state import ContextState, LayerState, ProjectionState, WindowState, concatenate
 from ..state import MemoryState
-from .agreement import agree
+from ..transforms import values
+from .agreement import Agreed, agree
+from .border import ALL, Border
 from .messages import Line, Relay
 from .pieces import Piece, choose, divide, join_states, join_tokens
 
-STATES = ("last", "all")
+STATES = ("last", "all", "none")
 
 
 class ShardLength(ParallelStyle):
@@ -49,7 +51,11 @@ class ShardLength(ParallelStyle):
     - state: what sequences continue from, on the first rank; those of other ranks are not read.
     - cu_seqlens: of the whole row, all ranks' tokens together.
     - the state that is returned is that after the last token, on the last rank, and None on the
-      others; or on all, with `state="all"`.
+      others; or on all, with `state="all"`; or on none, with `state="none"`. Of packed sequences
+      that begin in the call only the state of the one that a border cuts is then sent.
+
+    Resets of a `TitansTNT` cost no message of its local memories where a border is one of them, in
+    a call without a state.
 
     All ranks must call `backward`, through `out`. End with a barrier before a process leaves: its
     messages may be under way.
@@ -57,8 +63,8 @@ class ShardLength(ParallelStyle):
     Args:
         pieces (int | None): how many. Default: None, four for each rank that waits; on a GPU at
             most as many as leave each of its multiprocessors a memory.
-        state (str): "last" or "all": which ranks get the state. With "all", the next call may be
-            given it everywhere. Default: "last".
+        state (str): "last", "all" or "none": which ranks get the state. With "all", the next call
+            may be given it everywhere. Default: "last".
 
     Raises:
         TypeError: for a module that is neither a `NeuralMemory` nor a Titans block.
@@ -103,6 +109,8 @@ class ShardLength(ParallelStyle):
         for part in module.modules():
             if isinstance(part, _Linked):
                 part._relay, part._pieces, part._returned = relay, self.pieces, self.state
+        given = {"pieces": self.pieces, "state of ShardLength": self.state}
+        module._sharding = {**getattr(module, "_sharding", {}), **given}  # type: ignore[assignment]
         return module
 
     def __repr__(self) -> str:
@@ -151,14 +159,17 @@ class _Memory(_Linked, NeuralMemory):
         line, q = self._relay.line, tokens[0]
         N = _sequences(q, cu_seqlens)
         count = choose(self._pieces, line.count, N * self.heads, q.device)
-        if state is None and not line.first:
+        resets = schedule.reset_every
+        if state is None and self._relay.receives(resets):
             nothing = tuple(x[:, :0] for x in tokens)
             empty = None if cu_seqlens is None else torch.zeros_like(cu_seqlens)
-            with torch.no_grad():
+            # Sequences that begin on this rank begin with its weights.
+            begins = torch.is_grad_enabled() and self._relay.before.rows != ALL
+            with torch.set_grad_enabled(begins):
                 _, state = super()._learn(nothing, weights, norm, None, empty, schedule)
 
         def learn(piece: Piece) -> tuple[Tensor, MemoryState]:
-            before = state and self._relay.receive(piece.of_state(state))
+            before = state and self._relay.receive(piece.of_state(state), resets)
             o, after = super(_Memory, self)._learn(
                 tuple(map(piece.of_tokens, tokens)),
                 tuple(w[piece.heads] for w in weights),
@@ -167,7 +178,7 @@ class _Memory(_Linked, NeuralMemory):
                 cu_seqlens,
                 schedule,
             )
-            self._relay.send(after)
+            self._relay.send(after, resets)
             return o, after
 
         rows = divide(N, self.heads, count, cu_seqlens is not None)
@@ -202,11 +213,12 @@ class _Memories(_Memory, TNTMemory):
     ) -> tuple[list[Tensor], tuple[ProjectionState, ...]]:
         if not self._relay.open or self.project is None:
             return super()._project(q, k, before, cu_seqlens)
-        if before is None and not self._relay.line.first:
+        if before is None and self._relay.receives(self.reset_every):
             empty = None if cu_seqlens is None else torch.zeros_like(cu_seqlens)
             _, before = super()._project(q[:, :0], k[:, :0], None, empty)
-        queries, after = super()._project(q, k, self._relay.receive(before), cu_seqlens)
-        self._relay.send(after)
+        before = self._relay.receive(before, self.reset_every)
+        queries, after = super()._project(q, k, before, cu_seqlens)
+        self._relay.send(after, self.reset_every)
         return queries, after
 
 
@@ -237,7 +249,10 @@ class _Whole(_Linked):
         relay, state = self._relay, unsealed(state)
         if relay.open or not isinstance(x, Tensor) or x.dim() != 3:
             return super().forward(x, state, cu_seqlens, **options)
-        cu_seqlens, relay.fresh = agree(relay.line, self, x, state, cu_seqlens, options)
+        call = agree(relay.line, self, x, state, cu_seqlens, options)
+        relay.fresh = call.fresh
+        relay.before, relay.behind = self._borders(call, cu_seqlens)
+        cu_seqlens = call.cu_seqlens
         if not relay.line.first:
             state = None
         relay.open = True
@@ -247,17 +262,27 @@ class _Whole(_Linked):
             relay.open = False
         if self._returned == "all":
             after = relay.share(after)
-        elif not relay.line.last:
+        elif self._returned == "none" or not relay.line.last:
             after = None
         if not torch.is_grad_enabled():
             relay.line.flush()
         return relay.tie(out), after
 
+    def _borders(self, call: Agreed, cu_seqlens: Tensor | None) -> list[Border]:
+        """With the rank before and the rank behind."""
+        at, persistent = (call.start, call.end), getattr(self, "n_persistent", 0)
+        if not call.fresh or (cu_seqlens is not None and self._returned != "none"):
+            return [Border()] * 2
+        if cu_seqlens is None:
+            return [Border.unpacked(x, persistent) for x in at]
+        ends = values(cu_seqlens)
+        return [Border.packed(x, ends, persistent) for x in at]
+
 
 class _Block(_Whole, Block[Any]):
     def _start(self, sequences: int) -> Any:
-        """Persistent tokens come before the first token, which is the first rank's."""
-        if not self._relay.line.first:
+        """Persistent tokens come before the first token, so on the rank that has it."""
+        if not self._relay.line.first and self._relay.before.rows == ALL:
             return None
         with _alone(self._relay):
             return super()._start(sequences)

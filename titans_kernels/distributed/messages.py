@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .border import Border
+
 HEADER = 2048  # bytes
 
 
@@ -126,7 +128,10 @@ class _Peer:
 def _bytes(tensors: Sequence[Tensor]) -> Tensor:
     """All as one tensor of bytes, wide dtypes first: each begins at a multiple of its size."""
     ordered = sorted(tensors, key=lambda x: -x.element_size())
-    flat = [x.detach().contiguous().flatten().view(torch.uint8) for x in ordered]
+    # One row of an expanded tensor is contiguous, whatever its stride: not to `view`.
+    flat = [
+        x.detach().contiguous().as_strided((x.numel(),), (1,)).view(torch.uint8) for x in ordered
+    ]
     return torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)
 
 
@@ -236,24 +241,30 @@ class _Tie(torch.autograd.Function):
 class Relay:
     """States of a call: from the rank before, and to the rank behind.
 
-    `open` during the call, `fresh` if its sequences begin in it.
+    `open` during the call, `fresh` if its sequences begin in it; the borders to the rank before and
+    the rank behind.
     """
 
     def __init__(self, line: Line) -> None:
         self.line, self.open, self.fresh = line, False, True
+        self.before, self.behind = Border(), Border()
         self._tokens: list[Tensor] = []
 
-    def receive(self, state: Any) -> Any:
-        """On the first rank the state itself; on others one of its shapes from the rank before."""
-        if not self.open or self.line.first:
-            return state
-        return self._run(_Receive, state)
+    def receives(self, reset_every: int | None = None) -> bool:
+        """Whether a state of a memory with such resets comes from the rank before."""
+        return self.open and not self.line.first and self.before.crossed(reset_every)
 
-    def send(self, state: Any) -> None:
-        """To the rank behind, if there is one."""
-        if not self.open or self.line.last:
+    def receive(self, state: Any, reset_every: int | None = None) -> Any:
+        """The state, of its shapes, from the rank before; where none comes, the state itself."""
+        if not self.receives(reset_every):
+            return state
+        return self.before.replace(state, self._run(_Receive, self.before.select(state)))
+
+    def send(self, state: Any, reset_every: int | None = None) -> None:
+        """To the rank behind, if there is one that needs it."""
+        if not self.open or self.line.last or not self.behind.crossed(reset_every):
             return
-        leaves, _ = pytree.tree_flatten(state)
+        leaves, _ = pytree.tree_flatten(self.behind.select(state))
         self._tokens.append(_Send.apply(self._anchor(leaves), self.line, *leaves))
 
     def share(self, state: Any) -> Any:

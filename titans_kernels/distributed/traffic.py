@@ -25,7 +25,12 @@ class Bytes(NamedTuple):
 
 
 def of_length(
-    layer: nn.Module, rows: int, dtype: torch.dtype, pieces: int = 1, packed: bool = False
+    layer: nn.Module,
+    rows: int,
+    dtype: torch.dtype,
+    pieces: int = 1,
+    packed: bool = False,
+    at_reset: bool = False,
 ) -> Bytes:
     """Bytes that a rank sends in a call of a layer under `ShardLength`.
 
@@ -34,10 +39,11 @@ def of_length(
 
     Args:
         layer: as it is on a rank: with the heads that it has there.
-        rows: sequences.
+        rows: sequences whose states are sent: all, or with state="none" the one that is cut.
         dtype: of the layer.
         pieces: as given to `ShardLength`.
         packed: whether the sequences are in one row.
+        at_reset: whether the border is a reset of local memories, of which nothing is then sent.
     """
     e = dtype.itemsize
     if isinstance(layer, TitansMAC):
@@ -55,9 +61,10 @@ def of_length(
     found += Bytes(history, history)
     cut = divide(rows, memory.heads, pieces, packed)
     times = max(len(row) for row in cut)  # that the counts of a row are sent, once with each piece
-    for size, count in _memories(memory, e):
+    of_global, *of_local = _memories(memory, e)
+    for size, count in [of_global] if at_reset else [of_global, *of_local]:
         found += Bytes(rows * (size + count * times * INT), rows * size)
-    for size, count in _projections(memory, e):
+    for size, count in [] if at_reset else _projections(memory, e):
         found += Bytes(rows * (size + count * INT), rows * size)
     if isinstance(layer, (TitansMAG, TitansMAL)):
         window = rows * _window(layer.attention, e)

@@ -153,7 +153,9 @@ class Training:
         longest, files = config.evaluate_length + 1, config.evaluate_files
         text = excerpts(self.held_out, longest, files)[mine].to(processes.device)
         self.model.eval()
-        parts = (t.split(config.length, 1) for t in (text[:, :-1], text[:, 1:]))
+        chunk = self.model.config.loss_chunk  # logits of no more tokens at a time
+        size = min(config.length, max(1, (chunk or text.numel()) // len(text)))
+        parts = (t.split(size, 1) for t in (text[:, :-1], text[:, 1:]))
         cache, costs = TitansCache(len(self.cache)), []
         for now, after in zip(*parts, strict=True):
             own = processes.own_tokens(now.shape[1])
