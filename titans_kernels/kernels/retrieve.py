@@ -39,7 +39,7 @@ def retrieve_kernel(
     i_b = slot_of(i_n, i_block, tl.num_programs(1), i_h, sizes)
     start = start_block(i_n, i_block, i_h, group, tl.num_programs(1), sizes)
     block = (i_n, i_h, i_b, start, first, count)
-    memory = (coefficient, layers, query_layers, p_norm + i_h * 2 * sizes.D)
+    memory = (coefficient, layers, query_layers, p_norm)
     read_block(token, query, memory, block, skipped, hidden, sizes, KEEP)
 
 
@@ -47,8 +47,8 @@ def retrieve_kernel(
 def read_block(
     token,
     query,
-    memory,  # coefficients, layers, query layers, the norm [2, D]
-    block,  # sequence, head, block, `start_block`, the first token, tokens
+    memory,  # coefficients, layers, query layers, the norm [H, 2, D]
+    block,  # sequence, head, slot, `start_block`, the first token, tokens
     skipped,
     hidden,
     sizes,
@@ -109,7 +109,7 @@ def read_block(
     else:
         o, m = o_q[None, :] * (H * D) + o_d[:, None], m_q[None, :] & m_d[:, None]
         b_q = tl.load(p_q + o, mask=m, other=0.0, cache_modifier=".ca")
-        b_o = head(b_y, b_q.to(ACC), p_norm, o_d, m_d, sizes)
+        b_o = head(b_y, b_q.to(ACC), p_norm + i_h * 2 * D, o_d, m_d, sizes)
         tl.store(p_o + o, b_o.to(p_o.dtype.element_ty), mask=m)
 
 

@@ -34,7 +34,6 @@ def short_kernel(
     H: tl.constexpr = sizes.H
     i_n, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_s = i_n * H + i_h
-    p_norm += i_h * 2 * sizes.D
     first, count, learned = block_of(token, i_n, tl.full([], 0, tl.int64), sizes)
     if count > 0:
         o_k = (first * H + i_h) * sizes.D
@@ -45,7 +44,17 @@ def short_kernel(
         tl.debug_barrier()
         place = (i_s, i_s, i_s)
         block_of_keys(
-            p_k, p_v, layers, coefficient, p_norm, place, count, chunks, hidden, sizes, False
+            p_k,
+            p_v,
+            layers,
+            coefficient,
+            p_norm + i_h * 2 * sizes.D,
+            place,
+            count,
+            chunks,
+            hidden,
+            sizes,
+            False,
         )
         block = (i_n, i_h, i_s, start_block(i_n, 0, i_h, 0, 1, sizes), first, count)
         memory = (coefficient, layers, query_layers, p_norm)
