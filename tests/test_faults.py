@@ -125,7 +125,7 @@ FAULTS = {
         "^dk: ",
     ),
     "first query behind a tail missed": (
-        Source(retrieve_backward_kernel, "(before + o_t >= 0)", "(before + o_t > 0)"),
+        Source(retrieve_backward_kernel, "(o_t >= tail)", "(o_t > tail)"),
         PAST,
         "^dq: ",
     ),
