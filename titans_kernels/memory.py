@@ -90,8 +90,8 @@ def neural_memory(
             [N + 1] int32 or int64, 0 first and T last: sequences packed end to end in a batch of 1.
         read (str):
             "token": a query reads the weights after its own token, as above. "chunk": those with
-            which its chunk starts, as the global memory of TNT (arXiv 2511.07343) does; PyTorch
-            backend. Default: "token".
+            which its chunk starts, as the global memory of TNT (arXiv 2511.07343) does. Default:
+            "token".
         reset_every (int | None):
             Before every token at a position that is a multiple of it, counted from the start of
             its sequence, the memory returns to `weights` and its momentum to zero, and chunks are

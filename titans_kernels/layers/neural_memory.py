@@ -237,6 +237,11 @@ class NeuralMemory(Learner, Sealing):
                 no copy of the memory, the same addresses in every call, as a CUDA graph wants
                 them. Other states that share those tensors are overwritten too: `state.clone()`
                 first. Without gradients only. Default: False.
+
+        Raises:
+            RuntimeError: inplace while gradients are recorded.
+            TypeError, ValueError: x or a state that does not fit: its name, what it got, what it
+                takes.
         """
         checking.tokens(x, "[B, dim]", 2, self.dim)
         checks.boolean("inplace", inplace)
