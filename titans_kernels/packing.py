@@ -135,6 +135,13 @@ def known(lengths: Tensor) -> bool:
     return lengths.device.type == "cpu" and not compiling and not is_fake(lengths)
 
 
+def surely(holds: bool) -> bool:
+    """What is known of a size; not, where a graph is made for sizes that are not known."""
+    if not torch.compiler.is_compiling():
+        return holds
+    return torch.fx.experimental.symbolic_shapes.statically_known_true(holds)
+
+
 def without_values(x: Tensor) -> bool:
     """Whether there is nothing but a shape: on the meta device, or in a FakeTensorMode."""
     return x.is_meta or (not torch.compiler.is_compiling() and is_fake(x))

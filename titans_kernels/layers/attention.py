@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..packing import without_values
+from ..packing import surely, without_values
 from ..transforms import transforming, values
 from . import checking
 from .numeric import wide
@@ -202,63 +202,40 @@ class WindowAttention(Attention):
         first block alone may meet slots that were never filled; all others run in parallel, so that
         the work is the same few operations at any length.
         """
-        W, T = self.window, q.shape[1]
+        W, (N, T, _) = self.window, q.shape
         slot = torch.arange(2 * W, device=q.device)
         query = slot[W:]
         ago = query[:, None] - slot
         visible = (ago >= 0) & (ago < W)  # [W, 2 W]; query i stands in slot W + i
         filled = slot >= W - length[:, None]  # [N, 2 W]
-        if torch.compiler.is_exporting():  # one form for all lengths: the first block as the others
-            count = (T + W - 1) // W + 1
-            later = torch.arange(count, device=q.device) > 0
-            seen = visible & (filled[:, None] | later[:, None])[:, :, None]  # [N, count, W, 2 W]
-            keys, values = (F.pad(x, (0, 0, 1, 0)) for x in (keys, values))
-            return self._side_by_side(count, q, keys, values, seen.flatten(0, 1), prefix)
+        first = visible & filled[:, None]
+        if surely(T <= W):
+            return self.attend(
+                q, keys, values, (query[:T], slot[1 : W + T]), first[:, :T, 1 : W + T], prefix
+            )
 
-        n = min(T, W)
-        first = self.attend(
-            q[:, :n],
-            keys[:, : W - 1 + n],
-            values[:, : W - 1 + n],
-            (query[:n], slot[1 : W + n]),
-            (visible & filled[:, None])[:, :n, 1 : W + n],
-            prefix,
-        )
-        if T <= W:
-            return first
-        # The keys of the first block begin in slot 1.
-        rest = q[:, W:], keys[:, W - 1 :], values[:, W - 1 :]
-        count = (T - 1) // W
-        return torch.cat([first, self._side_by_side(count, *rest, visible, prefix)], 1)
+        count, compiling = (T + W - 1) // W, torch.compiler.is_compiling()
+        if torch.compiler.is_exporting():
+            count = count + 2  # of a maximum it cannot prove that it fits all lengths
+        elif compiling:
+            count = torch.sym_max(count, 3)  # a size of 1 would have a graph of its own
+        behind = count * W - T
 
-    def _side_by_side(
-        self,
-        count: int,
-        q: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        visible: Tensor,
-        prefix: Tensor | None,
-    ) -> Tensor:
-        """`count` blocks, the last not full, of q [N, T, inner]; keys and values have W more."""
-        W, (N, T, _) = self.window, q.shape
-        # The same two steps as views, of which an export cannot prove that they fit all lengths.
-        exporting = torch.compiler.is_exporting()
-
-        def blocks(x: Tensor, count: int) -> Tensor:
-            behind = count * W - x.shape[1]
-            x = F.pad(x, (0, 0, 0, behind))
-            return x.unfold(1, W, W).transpose(2, 3) if exporting else x.unflatten(1, (-1, W))
+        def blocks(x: Tensor) -> Tensor:
+            return x.unfold(1, W, W).transpose(2, 3)
 
         def pairs(x: Tensor) -> Tensor:
-            x = blocks(x, count + 1)
-            return torch.cat([x[:, :count], x[:, 1:]], 2).flatten(0, 1)
+            x = blocks(F.pad(x, (0, 0, 1, behind)))  # their first is in slot 1
+            return torch.cat([x[:, :-1], x[:, 1:]], 2)
 
-        slot = torch.arange(2 * W, device=q.device)
-        queries = blocks(q, count).flatten(0, 1)
-        o = self.attend(queries, pairs(keys), pairs(values), (slot[W:], slot), visible, prefix)
-        o = o.unflatten(0, (N, -1)).flatten(1, 2)
-        return o.index_select(1, torch.arange(T, device=q.device)) if exporting else o[:, :T]
+        q = blocks(F.pad(q, (0, 0, 0, behind)))  # [N, count, W, inner]
+        keys, values = pairs(keys), pairs(values)  # [N, count, 2 W, inner]
+        o = self.attend(q[:, 0], keys[:, 0], values[:, 0], (query, slot), first, prefix)
+        q, keys, values = (x[:, 1:].flatten(0, 1) for x in (q, keys, values))
+        later = self.attend(q, keys, values, (query, slot), visible, prefix)
+        o = torch.cat([o, later.unflatten(0, (N, -1)).flatten(1, 2)], 1)
+        # The same as a view, of which a graph would ask whether it is all.
+        return o.index_select(1, torch.arange(T, device=q.device)) if compiling else o[:, :T]
 
     def _check_state(self, state: WindowState, k: Tensor) -> None:
         if not isinstance(state, WindowState):
