@@ -53,7 +53,18 @@ def shape(name: str, x: Tensor, takes: tuple[int, ...], meaning: str) -> None:
         raise ValueError(f"{name}: got shape {_shape(x)}, takes {meaning} = {list(takes)}")
 
 
+def not_for_onnx() -> None:
+    """Said ahead of what else an exporter would stumble over."""
+    traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    if traced and torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(
+            "torch.onnx.export: got a neural memory, for which ONNX has no operators; "
+            "torch.export.export takes it"
+        )
+
+
 def queries(q: Any) -> None:
+    not_for_onnx()
     floating("q", q)
     if q.dim() != 4 or q.shape[2] < 1 or q.shape[3] < 1:
         raise ValueError(f"q: got shape {_shape(q)}, takes [B, T, H, D] with H, D >= 1")

@@ -51,6 +51,7 @@ def parameter_dtype(dtype: Any) -> None:
 
 def tokens(x: Any, takes: str, rank: int, dim: int) -> None:
     """x of that rank and width."""
+    checks.not_for_onnx()
     checks.floating("x", x)
     if x.dim() != rank or x.shape[-1] != dim:
         raise ValueError(f"x: got shape {list(x.shape)}, takes {takes} with dim = {dim}")
