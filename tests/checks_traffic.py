@@ -5,12 +5,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from distributed_cases import LAYERS, SIZE, layer, tokens
-from torch.distributed.device_mesh import init_device_mesh
+from distributed_cases import LAYERS, SIZE, layer, mesh, tokens
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titans_kernels.distributed import ShardHeads, ShardLength, traffic
+from titans_kernels.layers.state import concatenate
 
 
 def _sent(rank, many, *call):
@@ -35,11 +35,11 @@ def _ends(rank, want):
 
 
 def check_bytes_along_the_length(rank, folder):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    ranks = mesh()
     for name in LAYERS:
         for dtype, pieces in ((torch.float64, 1), (torch.bfloat16, 4)):
             one = layer(name).to(dtype)
-            many = parallelize_module(one, mesh, ShardLength(pieces=pieces))
+            many = parallelize_module(one, ranks, ShardLength(pieces=pieces))
             want = traffic.of_length(many, 2, dtype, pieces)
             assert _sent(rank, many, tokens(2, 7 + rank, 8).to(dtype)) == _ends(rank, want), name
 
@@ -47,9 +47,9 @@ def check_bytes_along_the_length(rank, folder):
 def check_bytes_that_need_not_go(rank, folder):
     """Of sequences that no border cuts, and of local memories that are reset at one."""
     count = dist.get_world_size()
-    mesh, dtype, x = init_device_mesh("cpu", (count,)), torch.float64, tokens(1, 6, 8)
+    ranks, dtype, x = mesh(), torch.float64, tokens(1, 6, 8)
     for name in LAYERS:
-        many = parallelize_module(layer(name), mesh, ShardLength(pieces=2, state="none"))
+        many = parallelize_module(layer(name), ranks, ShardLength(pieces=2, state="none"))
         one = traffic.of_length(many, 1, dtype, 2, packed=True)
         cut = torch.tensor([0, 2, 3, 6 * count])
         assert _sent(rank, many, x, None, cut) == _ends(rank, one), name
@@ -58,10 +58,22 @@ def check_bytes_that_need_not_go(rank, folder):
         assert _sent(rank, many, x, None, between) == _ends(rank, facts), name
     block = layer("tnt")
     block.persistent, block.n_persistent = None, 0
-    many = parallelize_module(block, mesh, ShardLength())
-    want = traffic.of_length(many, 1, dtype, 4 * (count - 1), at_reset=True)
-    assert want < traffic.of_length(many, 1, dtype, 4 * (count - 1))
-    assert _sent(rank, many, x) == _ends(rank, want)
+    states = [block(x[:, :read])[1].detach() for read in (6, 4, 0)]
+    many = parallelize_module(block, ranks, ShardLength(pieces=2))
+    at_reset, elsewhere = (
+        [traffic.of_length(many, rows, dtype, 2, at_reset=reset) for rows in (1, 2)]
+        for reset in (True, False)
+    )
+    assert at_reset[0] < elsewhere[0]
+    unlike = concatenate([states[0], states[1]])
+    two, none = x.expand(2, -1, -1), x[:, :0]
+    calls = [(x, None, at_reset[0]), (x, states[0], at_reset[0]), (x, states[1], elsewhere[0])]
+    calls += [(two, concatenate([states[0]] * 2), at_reset[1]), (two, unlike, elsewhere[1])]
+    # A state that no token has come to is not that after a reset.
+    calls += [(none, states[2], elsewhere[0]), (none, states[0], at_reset[0])]
+    for y, state, want in calls:
+        got = _sent(rank, many, y, state if rank == 0 else None)
+        assert got == _ends(rank, want)
 
 
 class _Summed(TorchDispatchMode):
@@ -76,13 +88,13 @@ class _Summed(TorchDispatchMode):
 
 
 def check_bytes_of_heads(rank, folder):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    ranks = mesh()
     assert SIZE["heads"] % dist.get_world_size() == 0
     for name in ("memory", "mag", "mal"):
         one = copy.deepcopy(layer(name))
         if name != "memory":
             one.persistent = None
-        many = parallelize_module(one, mesh, ShardHeads())
+        many = parallelize_module(one, ranks, ShardHeads())
         want = traffic.of_heads(many, 2, 7, torch.float64)
         with _Summed() as forward:
             out, _ = many(tokens(2, 7, 8).requires_grad_())
@@ -92,4 +104,4 @@ def check_bytes_of_heads(rank, folder):
 
 
 TWO = [check_bytes_along_the_length, check_bytes_that_need_not_go, check_bytes_of_heads]
-WIDE_FOUR = [check_bytes_along_the_length, check_bytes_that_need_not_go]
+FOUR = [check_bytes_along_the_length, check_bytes_that_need_not_go]

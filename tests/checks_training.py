@@ -2,25 +2,27 @@
 
 import csv
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_cases import raises
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
-from titans_kernels.models import TitansForCausalLM
 from titans_kernels.train.config import MESH, Config
 from titans_kernels.train.loop import Training
 from titans_kernels.train.processes import Processes
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 RUN = {
-    **{"steps": 20, "rows": 2, "length": 18, "pieces": 4, "warmup": 4, "learning_rate": 0.01},
-    **{"log_every": 1, "checkpoint_every": 20, "evaluate_every": 20, "evaluate_files": 2},
+    **{"steps": 20, "rows": 4, "length": 18, "pieces": 4, "warmup": 4, "learning_rate": 0.005},
+    **{"log_every": 1, "checkpoint_every": 20, "evaluate_every": 20, "evaluate_files": 4},
     **{"evaluate_length": 40, "pattern": "*.txt"},
 }
 MODEL = {
-    **{"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2, "window": 7, "segment": 7},
+    **{"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 4, "window": 7, "segment": 7},
     **{"chunk_size": 4, "variant": "mag"},
 }
 
@@ -33,11 +35,11 @@ def _config(folder, name, **changes):
 
 
 def _write_text(rank, folder):
-    """Sixteen files of words in another order each."""
+    """Files of words in another order each, of which four are held out."""
     if rank == 0 and not Path(folder, "text").exists():
         Path(folder, "text").mkdir()
         words = [b"memory ", b"of ", b"what ", b"surprises ", b"a ", b"reader, ", b"forgets\n"]
-        for i in range(16):
+        for i in range(32):
             order = torch.randint(7, (1000,), generator=torch.Generator().manual_seed(i))
             Path(folder, f"text/{i}.txt").write_bytes(b"".join(words[j] for j in order))
     dist.barrier()
@@ -55,13 +57,18 @@ def _rows(config, log):
 
 
 def _same_run(got, want):
-    """float32, over 20 steps in which the loss falls."""
-    for log, names in (("train.csv", ("bits", "gradient")), ("evaluation.csv", ("bits",))):
-        pairs = list(zip(_rows(got, log), _rows(want, log), strict=True))
-        for one, other in pairs:
+    """float32, over 20 steps in which the loss falls.
+
+    Adam divides what is next to nothing by its own size: gradients drift apart before losses do.
+    """
+    for log, bounds in (
+        ("train.csv", {"bits": 1e-5, "gradient": 1e-4}),
+        ("evaluation.csv", {"bits": 1e-5}),
+    ):
+        for one, other in zip(_rows(got, log), _rows(want, log), strict=True):
             assert one["step"] == other["step"]
-            for name in names:
-                assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-5, abs=1e-5)
+            for name, bound in bounds.items():
+                assert float(one[name]) == pytest.approx(float(other[name]), rel=bound), one
     losses = [float(row["bits"]) for row in _rows(want, "train.csv")]
     assert len(losses) == 20 and losses[-1] < losses[0] - 1
 
@@ -74,42 +81,45 @@ def _alone(rank, folder, name, **changes):
     return config
 
 
-def _on_meshes(rank, folder, meshes, **changes):
+def _on_meshes(rank, folder, meshes, name="", **changes):
+    """Activation checkpointing changes nothing, so some have it."""
     _write_text(rank, folder)
-    name = "-".join(map(str, changes.values()))
     want = _alone(rank, folder, name, **changes)
     for sizes in meshes:
-        config = _config(folder, "x".join(map(str, sizes)) + name, **changes)
+        out = "x".join(map(str, sizes)) + name
+        config = _config(folder, out, gradient_checkpointing=sizes[1] > 1, **changes)
         Training(config, _processes(*sizes)).run()
         dist.barrier()
         if rank == 0:
             _same_run(config, want)
-    if rank == 0:
-        models = (TitansForCausalLM.from_pretrained(f"{c.out}/model") for c in (config, want))
-        for got, expected in zip(*(model.parameters() for model in models), strict=True):
+            got, expected = (load_file(f"{c.out}/model/model.safetensors") for c in (config, want))
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
-def check_a_run_on_any_mesh(rank, folder):
-    _on_meshes(rank, folder, [(2, 1, 1), (1, 2, 1), (1, 1, 2)])
+def check_runs_in_each_direction(rank, folder):
+    """All processes divide the rows, or the length, or the heads."""
+    count = dist.get_world_size()
+    _on_meshes(rank, folder, [(count, 1, 1), (1, count, 1), (1, 1, count)])
 
 
-def check_a_run_on_any_mesh_of_four(rank, folder):
+def check_runs_in_two_directions(rank, folder):
     _on_meshes(rank, folder, [(2, 2, 1), (1, 2, 2)])
 
 
-def check_checkpointing_and_other_blocks(rank, folder):
+def check_other_blocks(rank, folder):
     model = MODEL | {"variant": "mac", "loss_chunk": 10}
-    _on_meshes(rank, folder, [(1, 2, 1)], gradient_checkpointing=True, model=model)
+    _on_meshes(rank, folder, [(1, 2, 1)], "mac", model=model)
 
 
 def check_a_run_goes_from_mesh_to_mesh(rank, folder):
-    """In the middle of a window of text: memories go with it. The second half is written in the
-    background."""
+    """From one process to four and back, in the middle of a window of text: memories go with it.
+    The checkpoint of the last mesh is written in the background."""
     _write_text(rank, folder)
     want = _alone(rank, folder, "")
-    for until, sizes in ((5, (2, 1, 1)), (10, (1, 2, 1)), (15, (1, 1, 2))):
-        config = _config(folder, "moved", checkpoint_every=5, asynchronous=until > 5)
+    if rank == 0:
+        Training(_config(folder, "moved", checkpoint_every=5), ALONE).run(5)
+    for until, sizes in ((10, (2, 2, 1)), (15, (1, 2, 2))):
+        config = _config(folder, "moved", checkpoint_every=5, asynchronous=until > 10)
         training = Training(config, _processes(*sizes))
         assert training.step == until - 5
         training.run(until)
@@ -120,6 +130,27 @@ def check_a_run_goes_from_mesh_to_mesh(rank, folder):
         _same_run(config, want)
 
 
-TWO = [check_a_run_goes_from_mesh_to_mesh]
-WIDE = [check_a_run_on_any_mesh, check_checkpointing_and_other_blocks]
-WIDE_FOUR = [check_a_run_on_any_mesh_of_four]
+def check_what_processes_are_given(rank, folder):
+    """Options and text are the same everywhere, or it is told."""
+    _write_text(rank, folder)
+    processes = _processes(dist.get_world_size(), 1, 1)
+    for changes, words in (
+        ({"seed": rank}, "seed: got 1 on rank 1, takes 0, as on rank 0"),
+        ({"model": MODEL | {"chunk_size": 4 + rank}}, "model.chunk_size: got 5 on rank 1, takes 4"),
+        (
+            {"model": MODEL | {"expansion": 2} if rank else MODEL},
+            "model.expansion: got 2 on rank 1",
+        ),
+    ):
+        config = _config(folder, "unlike", **changes)
+        raises(ValueError, words, lambda config=config: Training(config, processes))
+    config = _config(folder, "unlike")
+    with mock.patch.object(Training, "_text_checksum", lambda _: rank):
+        raises(ValueError, "data, its checksum: got 1", lambda: Training(config, processes))
+    raises(ValueError, "mesh: got", lambda: processes.agree({"mesh": [1 + rank]}))
+
+
+TWO = [check_what_processes_are_given, check_runs_in_each_direction]
+FOUR = [check_a_run_goes_from_mesh_to_mesh]
+WIDE = [check_other_blocks]
+WIDE_FOUR = [check_runs_in_each_direction, check_runs_in_two_directions]

@@ -4,6 +4,7 @@ import contextlib
 import io
 from unittest import mock
 
+import process_group
 import torch
 
 from titans_kernels.distributed import messages, verify
@@ -18,7 +19,7 @@ def _table():
     dtypes = mock.patch.object(verify, "DTYPES", (torch.float64, torch.float32))
     text = io.StringIO()
     with only, dtypes, contextlib.redirect_stdout(text):
-        return verify._table("cpu", ("torch",)), text.getvalue()
+        return verify._table(process_group.DEVICE.type, ("torch",)), text.getvalue()
 
 
 def check_verify(rank, folder):

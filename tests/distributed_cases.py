@@ -2,9 +2,13 @@
 
 import re
 
+import process_group
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 
 from titans_kernels import NeuralMemory
 from titans_kernels.layers import TitansLMM, TitansMAC, TitansMAG, TitansMAL, TitansTNT
@@ -27,11 +31,18 @@ RATES = {"out": 1e-11, "gradient": 1e-10}
 
 def layer(name):
     torch.manual_seed(0)
-    return LAYERS[name]()
+    return LAYERS[name]().to(process_group.DEVICE)
 
 
 def tokens(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator).to(process_group.DEVICE)
+
+
+def mesh(*sizes, names=None):
+    """Of all processes in a line, without sizes."""
+    sizes = sizes or (dist.get_world_size(),)
+    return init_device_mesh(process_group.DEVICE.type, sizes, mesh_dim_names=names)
 
 
 def close(got, want, what, name):
@@ -59,6 +70,20 @@ def read(layer, pieces, cu_seqlens=None):
         outs.append(out)
     out = torch.cat(outs, 1)
     out.square().sum().backward()
+    return out
+
+
+def read_by_one(layer, x, pieces, cu_seqlens=None):
+    """`read` by the first process for all: the gradients of x and of the parameters, too."""
+    found = [None]
+    if dist.get_rank() == 0:
+        out = read(layer, pieces, cu_seqlens)
+        found = [(out.detach(), x.grad, [p.grad for p in layer.parameters()])]
+    dist.broadcast_object_list(found)
+    found = pytree.tree_map_only(torch.Tensor, lambda t: t.to(process_group.DEVICE), found)
+    out, x.grad, grads = found[0]
+    for p, grad in zip(layer.parameters(), grads, strict=True):
+        p.grad = grad
     return out
 
 

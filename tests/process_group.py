@@ -3,7 +3,7 @@ most of what they cost."""
 
 import datetime
 import importlib
-import multiprocessing
+import multiprocessing.connection
 import os
 import sys
 import traceback
@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 60
+OF_FAULTS = 15  # many end in a wait for what never comes
+DEVICE = torch.device("cpu")  # of the tensors of this process
 # What takes seconds to import, once for all processes. Nothing of this project may be among it: a
 # fault may be planted there.
 PREPARED = [
@@ -28,8 +30,31 @@ def selected(request, checks):
     return [check for check in checks if check in wanted]
 
 
-def run(checks, count, folder):
+def backend(device, count):
+    """NCCL where every process has a GPU to itself, else gloo.
+
+    "Using the same CUDA device multiple times as different ranks of the same NCCL communicator is
+    not supported and may lead to hangs" (NCCL user guide, Creating a Communicator).
+    """
+    if device == "cpu":
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= count else "cpu:gloo,cuda:gloo"
+
+
+def start(function, *args):
+    """A process that calls a function, forked from one that has PREPARED: seconds less to wait."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PREPARED)
+    process = context.Process(target=function, args=args, daemon=True)
+    process.start()
+    return process
+
+
+def run(checks, count, folder, device="cpu"):
     """Run functions of (rank, folder) in turn in `count` processes.
+
+    Args:
+        device: "cpu" or "cuda", of DEVICE in each of them.
 
     Returns:
         For each name None, or what the processes that failed had to say. What comes after a failure
@@ -39,13 +64,17 @@ def run(checks, count, folder):
     names = [(check.__module__, check.__name__) for check in checks]
     mutants = sys.modules.get("mutants")
     fault = mutants and mutants.planted
-    multiprocessing.set_forkserver_preload(PREPARED)
-    torch.multiprocessing.start_processes(
-        _work, (names, count, str(folder), fault), nprocs=count, start_method="forkserver"
-    )
+    timeout = TIMEOUT if fault is None else OF_FAULTS
+    given = names, count, str(folder), fault, device, timeout
+    workers = [start(_work, rank, *given) for rank in range(count)]
+    multiprocessing.connection.wait([worker.sentinel for worker in workers])
+    for worker in workers:  # they end together, or one has failed and others may wait for it
+        worker.join(timeout)
+        worker.kill()
     found = dict.fromkeys((check.__name__ for check in checks), "not run: one before it failed")
     for rank in range(count):
-        for name, error in torch.load(Path(folder, f"{rank}.pt")).items():
+        path = Path(folder, f"{rank}.pt")
+        for name, error in (torch.load(path) if path.exists() else {}).items():
             if error is not None:
                 found[name] = f"{found[name] or ''}\nrank {rank}: {error}"
             elif rank == 0:
@@ -53,15 +82,19 @@ def run(checks, count, folder):
     return found
 
 
-def _work(rank, names, count, folder, fault):
-    timeout = TIMEOUT
+def _work(rank, names, count, folder, fault, device, timeout):
+    global DEVICE
     if fault is not None:
         sys.modules["mutants"].plant(fault)
-        timeout = 15  # many end in a wait for what never comes
     checks = [getattr(importlib.import_module(module), name) for module, name in names]
     torch.set_num_threads(1)
+    if device == "cuda":
+        DEVICE = torch.device(device, rank % torch.cuda.device_count())
+        torch.cuda.set_device(DEVICE)
+        # What is compared is one process with many, not kernels: these have tests of their own.
+        os.environ["TITANS_KERNELS_AUTO"] = "torch"
     dist.init_process_group(
-        "gloo",
+        backend(device, count),
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=count,

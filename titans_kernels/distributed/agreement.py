@@ -23,12 +23,14 @@ class Agreed(NamedTuple):
         cu_seqlens: of this rank's tokens.
         fresh: whether the first rank was given no state.
         start, end: of this rank's tokens in the whole row.
+        read: tokens since the last reset in the state that the first rank was given.
     """
 
     cu_seqlens: Tensor | None
     fresh: bool
     start: int
     end: int
+    read: int | None
 
 
 def agree(
@@ -38,11 +40,13 @@ def agree(
     state: Any,
     cu_seqlens: Tensor | None,
     options: dict[str, Any],
+    read: int | None,
 ) -> Agreed:
     """Compare this rank's call with that of the rank before it.
 
     Args:
         cu_seqlens: of the whole row.
+        read: on the first rank, tokens since the last reset in its state.
 
     Raises:
         ValueError: naming both ranks and what they differ in.
@@ -51,22 +55,22 @@ def agree(
     start = 0
     if not line.first:
         before = line.take_facts(line.rank - 1, x.device)
-        start = before.pop("start")
+        start, read = before.pop("start"), before.pop("read")
         if facts["state"] is None:  # a rank behind the first need not have what it is sent
             facts["state"] = before["state"]
         _compare(line, line.rank - 1, before, facts)
     end = start + x.shape[1]
     if not line.last:
-        line.put_facts(facts | {"start": end}, line.rank + 1, x.device)
+        line.put_facts(facts | {"start": end, "read": read}, line.rank + 1, x.device)
     fresh = facts["state"] is None
     if cu_seqlens is None:
-        return Agreed(None, fresh, start, end)
+        return Agreed(None, fresh, start, end, read)
     if line.last and known(cu_seqlens) and int(cu_seqlens[-1]) != end:
         raise ValueError(
             f"cu_seqlens: got {int(cu_seqlens[-1])} last, takes {end}, the tokens of all "
             f"{line.count} ranks together"
         )
-    return Agreed((cu_seqlens - start).clamp(0, x.shape[1]), fresh, start, end)
+    return Agreed((cu_seqlens - start).clamp(0, x.shape[1]), fresh, start, end, read)
 
 
 def _facts(

@@ -16,16 +16,17 @@ class Border(NamedTuple):
 
     Args:
         rows: the sequences whose states go from the one to the other.
-        tokens: that each of them has read; None where that is not known.
+        tokens: that each of them has read since its last reset before the call, or since it began;
+            None where that is not known.
     """
 
     rows: slice = ALL
     tokens: int | None = None
 
     @classmethod
-    def unpacked(cls, at: int, persistent: int) -> Border:
-        """After `at` tokens of every sequence, which began with persistent ones."""
-        return cls(ALL, at + persistent)
+    def unpacked(cls, at: int, before: int | None) -> Border:
+        """After `at` tokens of every sequence in the call, and so many before it."""
+        return cls(ALL, None if before is None else at + before)
 
     @classmethod
     def packed(cls, at: int, ends: list[int], persistent: int) -> Border:
@@ -40,7 +41,8 @@ class Border(NamedTuple):
         """Whether a memory with such resets, if it has some, needs what is before the border."""
         if self.rows == slice(0, 0):
             return False
-        return reset_every is None or self.tokens is None or self.tokens % reset_every != 0
+        # A state that has read none is what it was made of, not necessarily what a reset makes.
+        return reset_every is None or not self.tokens or self.tokens % reset_every != 0
 
     def select(self, state: Any) -> Any:
         """The state of the sequences that cross."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.utils import _pytree as pytree
 
 from .. import checks
 from ..layers import NeuralMemory, TitansLMM, TitansMAC, TitansMAG, TitansMAL, TitansTNT
@@ -54,8 +55,8 @@ class ShardLength(ParallelStyle):
       others; or on all, with `state="all"`; or on none, with `state="none"`. Of packed sequences
       that begin in the call only the state of the one that a border cuts is then sent.
 
-    Resets of a `TitansTNT` cost no message of its local memories where a border is one of them, in
-    a call without a state.
+    Resets of a `TitansTNT` cost no message of its local memories where a border is one of them; in
+    a call with a state, if all sequences have read as many tokens since the last one.
 
     All ranks must call `backward`, through `out`. End with a barrier before a process leaves: its
     messages may be under way.
@@ -249,7 +250,8 @@ class _Whole(_Linked):
         relay, state = self._relay, unsealed(state)
         if relay.open or not isinstance(x, Tensor) or x.dim() != 3:
             return super().forward(x, state, cu_seqlens, **options)
-        call = agree(relay.line, self, x, state, cu_seqlens, options)
+        read = _since_reset(state) if relay.line.first and cu_seqlens is None else None
+        call = agree(relay.line, self, x, state, cu_seqlens, options, read)
         relay.fresh = call.fresh
         relay.before, relay.behind = self._borders(call, cu_seqlens)
         cu_seqlens = call.cu_seqlens
@@ -271,10 +273,10 @@ class _Whole(_Linked):
     def _borders(self, call: Agreed, cu_seqlens: Tensor | None) -> list[Border]:
         """With the rank before and the rank behind."""
         at, persistent = (call.start, call.end), getattr(self, "n_persistent", 0)
-        if not call.fresh or (cu_seqlens is not None and self._returned != "none"):
-            return [Border()] * 2
         if cu_seqlens is None:
-            return [Border.unpacked(x, persistent) for x in at]
+            return [Border.unpacked(x, persistent if call.fresh else call.read) for x in at]
+        if not call.fresh or self._returned != "none":
+            return [Border()] * 2
         ends = values(cu_seqlens)
         return [Border.packed(x, ends, persistent) for x in at]
 
@@ -369,6 +371,15 @@ def _alone(relay: Relay) -> Iterator[None]:
         yield
     finally:
         relay.open = before
+
+
+def _since_reset(state: Any) -> int | None:
+    """Tokens since the last reset, if all sequences of a state have read as many. Waits for them on
+    a GPU: less than a rank would wait for the local memories of the one before it."""
+    leaves, _ = pytree.tree_flatten_with_path(state)
+    found = [x for path, x in leaves if path and getattr(path[-1], "name", None) == "position"]
+    counts = set(values(torch.cat(found))) if found else set()
+    return counts.pop() if len(counts) == 1 else None
 
 
 def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:

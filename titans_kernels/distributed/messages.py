@@ -42,6 +42,7 @@ class Line:
         message = _bytes(tensors)
         self._sent[:] = [sent for sent in self._sent if not sent[0].is_completed()]
         if message.numel():
+            message = message.to(self._wire(message.device))
             with _Peer(self, to, "take") as peer:
                 work = dist.isend(message, group=self.group, group_dst=to)
             self._sent.append((work, message, peer))
@@ -50,9 +51,11 @@ class Line:
         """Receive tensors of these shapes, dtypes and device."""
         message = _bytes(like)
         if message.numel():
+            received = torch.empty_like(message, device=self._wire(message.device))
             with _Peer(self, source, "send"):
-                work = dist.irecv(message, group=self.group, group_src=source)
+                work = dist.irecv(received, group=self.group, group_src=source)
                 work.wait()  # type: ignore[union-attr]
+            message = received.to(message.device)
         return _from_bytes(message, like)
 
     def flush(self) -> None:
@@ -85,6 +88,12 @@ class Line:
         except RuntimeError:
             return False
         return True
+
+    def _wire(self, device: torch.device) -> torch.device:
+        """Where messages lie: gloo sends and receives tensors of the CPU alone."""
+        if device.type != "cpu" and self.group._get_backend(device).name() == "gloo":
+            return torch.device("cpu")
+        return device
 
     def _device(self, device: torch.device) -> torch.device:
         """The CPU where that is possible: nothing then waits for a GPU."""

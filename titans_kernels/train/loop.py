@@ -43,9 +43,12 @@ class Training:
     def __init__(self, config: Config, processes: Processes) -> None:
         self.config, self.processes = config, processes
         self.out, self.step = Path(config.out), 0
+        self._agree()
         self.rows = processes.own_rows(config.rows)
         torch.manual_seed(config.seed)
         self._read_text()
+        if processes.count > 1:
+            processes.agree({"data, its checksum": self._text_checksum()})
         self.model = model_of(config)
         self.model.to(processes.device).train()
         if config.gradient_checkpointing:
@@ -63,6 +66,12 @@ class Training:
             config.save(self.out / "config.json")
             self.logs = Logs(self.out, self.step, config.tensorboard)
         processes.wait()
+
+    def _agree(self) -> None:
+        """Each process has the same configuration; but a device of its own."""
+        given = asdict(self.config)
+        model = {f"model.{name}": value for name, value in given.pop("model").items()}
+        self.processes.agree({n: x for n, x in given.items() if n != "device"} | model)
 
     def _read_text(self) -> None:
         """The files that are long enough."""

@@ -69,6 +69,24 @@ class Processes:
             raise found[1]
         return found[0]
 
+    def agree(self, given: dict[str, Any]) -> None:
+        """What all processes have to be given alike.
+
+        Raises:
+            ValueError: on all of them, naming what differs, on which rank.
+        """
+        if self.count == 1:
+            return
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, given)
+        for rank, theirs in enumerate(found):
+            for name in {**found[0], **theirs}:
+                got, takes = theirs.get(name), found[0].get(name)
+                if got != takes:
+                    raise ValueError(
+                        f"{name}: got {got!r} on rank {rank}, takes {takes!r}, as on rank 0"
+                    )
+
     def own_rows(self, rows: int) -> range:
         """Those rows of a batch that this process reads."""
         rank, count = self.place("data")
@@ -119,6 +137,7 @@ def start(
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
+        Processes(dist.get_rank(), count, where).agree({"mesh": sizes})
         all_of_them = init_device_mesh(where.type, sizes, mesh_dim_names=MESH)
         with naming_the_lost():
             background = dist.new_group(backend="gloo")

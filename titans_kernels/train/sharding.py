@@ -43,4 +43,7 @@ def save_model(model: TitansForCausalLM, folder: Any, processes: Processes) -> N
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     tensors = get_model_state_dict(model, options=whole) if processes.count > 1 else None
     if processes.first:
+        if tensors is not None:  # tied ones once
+            named = dict([*model.named_parameters(), *model.named_buffers()])
+            tensors = {name: x for name, x in tensors.items() if name in named}
         model.save_pretrained(folder, state_dict=tensors)
