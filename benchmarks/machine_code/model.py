@@ -17,9 +17,9 @@ hidden, N tokens to a block and chunks of C:
     coefficients  gates: 6; G, a, c and the row at the end: 4 N + 16
 
 With "+" they are computed again for the backward pass, and leave it more, in float32: scan X W_1,
-e, y, and W and S unrounded: 4 D + 8 hidden + 16 D hidden / N; retrieve not its outputs but its
-products and what of the last is W's and S's, and, rounded, h: 10 D + 6 hidden; coefficients p and
-P: 4 N + 4. Then
+e, y, and W unrounded: 4 D + 8 hidden + 8 D hidden / N; retrieve not its outputs but its products
+and what of the last is W's and S's, and, rounded, h: 10 D + 6 hidden; coefficients p and P:
+4 N + 4. Then
 
     retrieve_backward     4 D hidden + N (4 D + 6 hidden) FLOP
                           do: 2 D; D_2, y and its parts and gradient, dD_2: 24 D; h, X: 4 hidden;
@@ -33,9 +33,8 @@ P: 4 N + 4. Then
                           q, k, v, dv: 8 D; D_2, y, dX_1, dD_2 and queries' gradient: 28 D; X, h,
                           de: 6 hidden; z, e, D_1, dX_2, dD_1, queries' gradient: 32 hidden; a, c
                           and the row at the end, and its gradient: 24; rows of G, dG, da, dc at
-                          chunks: (12 N + 16) / C; W and S unrounded, those of the last layer
-                          rounded: 20 D hidden / N; their gradients, read and written:
-                          32 D hidden / N
+                          chunks: (12 N + 16) / C; W unrounded, S and the last layer's W rounded:
+                          14 D hidden / N; their gradients, read and written: 32 D hidden / N
     inputs_backward k     4 D hidden + N (6 D + 2 hidden) FLOP
                           k, dk: 4 D; dX_1 read and written: 8 D; D_1, dz: 8 hidden; da, dc, dG:
                           4 N + 8; rows of a, c, G at chunks; W_1, S_1: 4 D hidden / N
@@ -119,7 +118,7 @@ def cost(name: str, D: int, hidden: int, block: int, chunk: int, T: int) -> Cost
     if name.endswith("+"):
         once = cost(name[:-1], D, hidden, block, chunk, T)
         more = {
-            "scan": 4 * D + 8 * hidden + 16 * states,
+            "scan": 4 * D + 8 * hidden + 8 * states,
             "retrieve": 10 * D + 6 * hidden,
             "coefficients": 4 * block + 4,
         }
@@ -146,7 +145,7 @@ def cost(name: str, D: int, hidden: int, block: int, chunk: int, T: int) -> Cost
         ),
         "scan_backward": Cost(
             44 * matrix + 12 * block * wide,
-            36 * D + 38 * hidden + 24 + (12 * block + 16) / chunk + 52 * states,
+            36 * D + 38 * hidden + 24 + (12 * block + 16) / chunk + 46 * states,
             32 * states,
         ),
         "inputs_backward q": Cost(

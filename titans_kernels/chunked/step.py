@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..numeric import unit
 from ..packing import Packed, accumulator
 from ..stepping import Step
-
-EPS = 1e-6
 
 
 def prepare(step: Step, rate: float) -> Packed:
@@ -39,7 +38,7 @@ def finish(step: Step, o: Tensor, tail: Tensor) -> Tensor:
     for buffer in tokens:
         buffer.masked_fill_(whole, 0.0)
     length.copy_((tail + 1) % C)
-    scaled = _unit(o.to(acc)) * (D**0.5 * step.weight.out_norm.to(acc))
+    scaled = unit(o.to(acc)) * (D**0.5 * step.weight.out_norm.to(acc))
     y = scaled.view(N, H * D) * F.silu(step.projected.gate.to(acc))
     return y.to(o.dtype)
 
@@ -54,8 +53,4 @@ def _head(step: Step, i: int) -> Tensor:
         past = torch.cat([history, x[:, None]], 1)  # [N, taps, H D]
         y = (past.to(y.dtype) * filters.to(y.dtype).T).sum(1)
         history.copy_(past[:, 1:])
-    return _unit(F.silu(y).view(-1, H, D))
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS)
+    return unit(F.silu(y).view(-1, H, D))

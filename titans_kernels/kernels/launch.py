@@ -106,21 +106,22 @@ class Scratch(NamedTuple):
         return self.layers[0].d.shape[-1]
 
     def at(self, running: Sequence[Tensor], anchor: Sequence[Tensor]) -> Scratch:
-        """The same with the states that the walk goes on from: weights, then momenta, [N, H, ...].
+        """The same with the states that the walk goes on from, in place: weights, then momenta.
 
-        Where forward keeps a state for every block, its first block's are copies.
+        Where W is kept for every block, its first block's is a copy.
         """
         depth, layers = len(self.layers), []
         for i_l, layer in enumerate(self.layers):
             W, S = running[i_l], running[depth + i_l]
             tables = [(layer.W, W), (layer.S, S)]
             if self.keep:
-                tables += [(layer.W_exact, W), (layer.S_exact, S)]
+                tables.append((layer.W_exact, W))
             else:
-                layer = layer._replace(W_exact=W, S_exact=S)
+                layer = layer._replace(W_exact=W)
             for table, state in tables:  # what the group's first blocks read
                 table.unflatten(0, (-1, self.blocks))[:, 0].copy_(state)
-            layers.append(layer._replace(W_anchor=anchor[i_l], S_anchor=anchor[depth + i_l]))
+            anchors = dict(W_anchor=anchor[i_l], S_anchor=anchor[depth + i_l])
+            layers.append(layer._replace(S_exact=S, **anchors))
         return self._replace(layers=tuple(layers))
 
     def on(self, running: Sequence[Tensor]) -> Scratch:
@@ -177,7 +178,7 @@ def allocate(
                 W=new(slots, *W.shape[1:], dtype=rounded, wanted=states),
                 S=new(slots, *W.shape[1:], dtype=rounded, wanted=states),
                 W_exact=new(slots, *W.shape[1:], wanted=keep),
-                S_exact=new(slots, *W.shape[1:], wanted=keep),
+                S_exact=new(0),
                 W_anchor=new(0),
                 S_anchor=new(0),
                 x=new(slots, H, BT, d_in, dtype=rounded, wanted=i_l > 0),

@@ -43,8 +43,8 @@ class Layer(NamedTuple):
 
     W: Tensor  # [slots, H, d_in, d_out], the state at every block's start, rounded
     S: Tensor
-    W_exact: Tensor  # [N, H, d_in, d_out], the running state, in and out; for the backward pass
-    S_exact: Tensor  # [slots, H, d_in, d_out], that of every block's start
+    W_exact: Tensor  # [N, H, d_in, d_out], in and out; for the backward pass [slots, ...]: that of
+    S_exact: Tensor  # every block's start. The running momentum, [N, H, d_in, d_out], in and out
     W_anchor: Tensor  # [N, H, d_in, d_out], in and out: what an open chunk started with, where
     S_anchor: Tensor  # chunks span blocks. The backward pass takes it rounded
     x: Tensor  # [slots, H, BT, d_in], inputs; the first layer's are the keys themselves

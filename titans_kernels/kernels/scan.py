@@ -419,13 +419,13 @@ def advance_tile(
     b_G = tl.load(p_end + 4 + o_t)
     b_P = tl.load(p_end + 4 + BT + o_t)
     b_W = tl.load(layer.W_exact + o_old + o, mask=m, other=0.0)
-    b_S = tl.load(layer.S_exact + o_old + o, mask=m, other=0.0)
+    b_S = tl.load(layer.S_exact + i_s * W + o, mask=m, other=0.0)
     b_W = a * b_W + c * b_S
     b_W = dot(b_x, (-b_G[:, None] * b_d).to(OP), b_W, sizes.PRECISION)
     b_S = p * b_S
     b_S = dot(b_x, (-b_P[:, None] * b_d).to(OP), b_S, sizes.PRECISION)
     tl.store(layer.W_exact + o_new + o, b_W, mask=m)
-    tl.store(layer.S_exact + o_new + o, b_S, mask=m)
+    tl.store(layer.S_exact + i_s * W + o, b_S, mask=m)
     if more:
         tl.store(layer.W + i_x * W + o, b_W.to(OP), mask=m)
         tl.store(layer.S + i_x * W + o, b_S.to(OP), mask=m)

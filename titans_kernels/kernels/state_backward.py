@@ -122,7 +122,7 @@ def hand_back(tokens, layer, coefficient, grad, place, ends, i_l: tl.constexpr, 
             o_s = i_s * IN * OUT + o
             b_dw = tl.load(grad.W + o_s, mask=m, other=0.0)
             b_ds = tl.load(grad.S + o_s, mask=m, other=0.0)
-            b_s = tl.load(layer.S_exact + i_b * IN * OUT + o, mask=m, other=0.0)
+            b_s = tl.load(layer.S + i_b * IN * OUT + o, mask=m, other=0.0).to(ACC)
             b_w = tl.load(layer.W_exact + i_b * IN * OUT + o, mask=m, other=0.0)
             b_da += tl.sum(b_w * b_dw, 0)
             b_dc += tl.sum(b_s * b_dw, 0)

@@ -13,7 +13,7 @@ Grid of both: (sequences, heads).
 import triton
 import triton.language as tl
 
-EPS = tl.constexpr(1e-6)
+from .network import EPS
 
 
 @triton.jit

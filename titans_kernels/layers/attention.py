@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..numeric import wide
 from ..packing import surely, without_values
 from ..transforms import transforming, values
 from . import checking
-from .numeric import wide
 from .state import WindowState
 
 

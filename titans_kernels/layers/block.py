@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..decay import Undecayed
+from ..numeric import unit, wide
 from . import checking, decoding
 from .local import TNTMemory
 from .neural_memory import NeuralMemory
-from .numeric import unit, wide
 from .sealing import Sealing, unsealed
 from .state import State
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..decay import Undecayed
-from .numeric import wide
+from ..numeric import wide
 from .sealing import lasting
 
 Norm = tuple[Tensor, Tensor]

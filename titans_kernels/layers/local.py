@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import checks
+from ..numeric import wide
 from . import checking
 from .learner import Learner, Parts, Schedule
 from .neural_memory import NeuralMemory
-from .numeric import wide
 from .projection import project, recall
 from .state import ProjectionState, TNTState
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..memory import neural_memory, retrieve
+from ..numeric import unit, wide
 from ..state import MemoryState
 from . import checking, decoding
 from .convolution import ShortConvolution, convolve
 from .learner import Learner, Norm, Schedule
-from .numeric import unit, wide
 from .sealing import Sealing, unsealed
 from .state import LayerState
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..numeric import unit, wide
 from ..packing import known, one_each, segments
 from ..shards import Runs, most_runs, split
-from .numeric import unit, wide
 from .state import ProjectionState
 
 BLOCK = 64

@@ -1,4 +1,4 @@
-"""Two steps that every layer takes in float32 at least, whatever its tokens are."""
+"""Two steps that are taken in float32 at least, whatever the tokens are."""
 
 from __future__ import annotations
 
