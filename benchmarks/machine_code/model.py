@@ -35,13 +35,13 @@ and what of the last is W's and S's, and, rounded, h: 10 D + 6 hidden; coefficie
                           and the row at the end, and its gradient: 24; rows of G, dG, da, dc at
                           chunks: (12 N + 16) / C; W unrounded, S and the last layer's W rounded:
                           14 D hidden / N; their gradients, read and written: 32 D hidden / N
-    inputs_backward k     4 D hidden + N (6 D + 2 hidden) FLOP
-                          k, dk: 4 D; dX_1 read and written: 8 D; D_1, dz: 8 hidden; da, dc, dG:
-                          4 N + 8; rows of a, c, G at chunks; W_1, S_1: 4 D hidden / N
+    inputs_backward k     4 D hidden + N (4 D + 2 hidden) FLOP
+                          k, dk, dX_1: 8 D; D_1, dz: 8 hidden; da, dc, dG: 4 N + 8; rows of a,
+                          c, G at chunks; W_1, S_1: 4 D hidden / N
     coefficients_backward gates and their gradients: 10; a, c, p, da, dc of queries and of keys, the
                           gradient at the end: 36; G, P, dG of both: 16 N
 
-which is 56 D hidden, twice forward's 28, and N (28 D + 24 hidden) FLOP, forward computed again not
+which is 56 D hidden, twice forward's 28, and N (26 D + 24 hidden) FLOP, forward computed again not
 among them. Products of N by N and N by C tokens are whole here, as they are done: of those with
 history, half is masked.
 
@@ -153,8 +153,8 @@ def cost(name: str, D: int, hidden: int, block: int, chunk: int, T: int) -> Cost
             12 * D + 12 * hidden + 12 * block + 24 + 4 * states,
         ),
         "inputs_backward k": Cost(
-            4 * matrix + block * (6 * D + 2 * hidden),
-            12 * D + 8 * hidden + 4 * block + 8 + (4 * block + 8) / chunk + 4 * states,
+            4 * matrix + block * (4 * D + 2 * hidden),
+            8 * D + 8 * hidden + 4 * block + 8 + (4 * block + 8) / chunk + 4 * states,
         ),
         "coefficients_backward": Cost(0, 10 + 36 + 16 * block),
     }[name]

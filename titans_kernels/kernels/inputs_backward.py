@@ -109,6 +109,8 @@ def inputs_backward_kernel(
     if not KEYS:
         errors_backward((b_G * b_hX).to(OP), p_g, p_dd, m_t, hidden, HIDDEN, BH, sizes)
     b_w = (b_G * b_gD).to(OP)
+    if KEYS:  # of the keys that are read and of those that read, which never are one pair
+        b_w += tl.trans(b_w)
     b_a = tl.load(coefficient.a + i_a + o_row, mask=o_row >= 0, other=1.0)
     b_c = tl.load(coefficient.c + i_a + o_row, mask=o_row >= 0, other=0.0)
 
@@ -131,20 +133,17 @@ def inputs_backward_kernel(
         b_da += tl.sum(b_h.to(ACC) * b_gW, 0)
         b_dc += tl.sum(b_h.to(ACC) * b_gS, 0)
 
-        b_h = load(p_h, o_t, m_h, o_r, m_r, H * D)  # [BT, BR]
-        b_dx = dot(b_w, b_h, None, PRECISION)
-        if KEYS:
-            b_dx += load(p_dx, o_t, m_t, o_r, m_r, D)
-        store(p_dx, b_dx, o_t, m_t, o_r, m_r, D)
-        tl.debug_barrier()
-
         b_dh = b_a[None, :] * b_gW + b_c[None, :] * b_gS
-        b_k = load_t(p_k, o_t, m_t, o_r, m_r, H * D)  # [BR, BT]
-        b_dh = dot(b_k, b_w, b_dh, PRECISION)
         if KEYS:
+            b_dh = dot(b_h, b_w, b_dh, PRECISION)
             b_dh += load_t(p_dx, o_t, m_t, o_r, m_r, D)
-        elif sizes.RESIDUAL:
-            b_dh += load_t(p_do, o_t, m_h, o_r, m_r, H * D).to(ACC)
+        else:
+            b_k = load_t(p_k, o_t, m_t, o_r, m_r, H * D)  # [BR, BT]
+            b_dh = dot(b_k, b_w, b_dh, PRECISION)
+            if sizes.RESIDUAL:
+                b_dh += load_t(p_do, o_t, m_h, o_r, m_r, H * D).to(ACC)
+            b_h = load(p_h, o_t, m_h, o_r, m_r, H * D)  # [BT, BR]
+            store(p_dx, dot(b_w, b_h, None, PRECISION), o_t, m_t, o_r, m_r, D)
         store_t(p_dh, b_dh, o_t, m_h, o_r, m_r, H * D)
 
     if not KNOWN:
