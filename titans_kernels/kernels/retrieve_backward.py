@@ -124,8 +124,8 @@ def layer_backward(
     b_gd = tl.zeros([BT, BT], ACC)
     for i in tl.range(0, out, BO, num_stages=1, disable_licm=True):
         m_o = i + o_o < OUT
-        b_d = load(p_d, o_t, m_t, i + o_o, m_o, OUT).to(OP)  # [BT, BO]
-        b_g = load_t(p_dz, o_t, m_t, i + o_o, m_o, OUT).to(OP)  # [BO, BT]
+        b_d = load(p_d + i, o_t, m_t, o_o, m_o, OUT).to(OP)  # [BT, BO]
+        b_g = load_t(p_dz + i, o_t, m_t, o_o, m_o, OUT).to(OP)  # [BO, BT]
         b_gd = dot(b_d, b_g, b_gd, PRECISION)
     o_G, m_G = o_t[None, :] * BT + o_t[:, None], m_t[None, :] & m_t[:, None]
     b_dG = -b_hx * b_gd
@@ -150,7 +150,7 @@ def layer_backward(
         b_gS = tl.zeros([BH, BT], ACC)
         for i in tl.range(0, out, BO, num_stages=1, disable_licm=True):
             m_o = i + o_o < OUT
-            b_g = load_t(p_dz, o_t, m_t, i + o_o, m_o, OUT).to(OP)  # [BO, BT]
+            b_g = load_t(p_dz + i, o_t, m_t, o_o, m_o, OUT).to(OP)  # [BO, BT]
             b_w = load(p_W, j + o_h, m_h, i + o_o, m_o, OUT)  # [BH, BO]
             b_gW = dot(b_w, b_g, b_gW, PRECISION)
             b_w = load(p_S, j + o_h, m_h, i + o_o, m_o, OUT)
