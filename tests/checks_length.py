@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from distributed_cases import (
     LAYERS,
-    SOME,
     close,
     layer,
     mesh,
@@ -263,7 +262,7 @@ def check_mixed_precision(rank, folder):
     """FSDP2 gives a call bfloat16 parameters: it rounds as one process in bfloat16 does."""
     ranks = mesh(1, 2, 2, names=("data", "length", "heads"))
     at, short = ranks["length"].get_local_rank(), torch.bfloat16
-    for name in SOME:
+    for name in ("mag", "tnt"):  # both kinds of memory, and a window
         exact, one, many = layer(name), layer(name).to(short), layer(name).float()
         parallelize_module(many, ranks["heads"], ShardHeads())
         parallelize_module(many, ranks["length"], ShardLength(state="all"))

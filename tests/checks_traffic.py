@@ -104,4 +104,5 @@ def check_bytes_of_heads(rank, folder):
 
 
 TWO = [check_bytes_along_the_length, check_bytes_that_need_not_go, check_bytes_of_heads]
-FOUR = [check_bytes_along_the_length, check_bytes_that_need_not_go]
+FOUR = [check_bytes_along_the_length]
+WIDE_FOUR = [check_bytes_that_need_not_go]

@@ -151,6 +151,6 @@ def check_what_processes_are_given(rank, folder):
 
 
 TWO = [check_what_processes_are_given, check_runs_in_each_direction]
-FOUR = [check_a_run_goes_from_mesh_to_mesh]
+FOUR = [check_runs_in_each_direction, check_a_run_goes_from_mesh_to_mesh]
 WIDE = [check_other_blocks]
-WIDE_FOUR = [check_runs_in_each_direction, check_runs_in_two_directions]
+WIDE_FOUR = [check_runs_in_two_directions]

@@ -83,7 +83,8 @@ def test_docstring_examples_run(module):
 
 @pytest.mark.wide
 def test_all_checks_in_four_processes(tmp_path):
-    checks = [*checks_heads.TWO[1:3], *checks_length.TWO[1:], *checks_training.WIDE_FOUR]
+    checks = [*checks_heads.TWO[1:3], *checks_length.TWO[1:]]
+    checks += [*checks_traffic.WIDE_FOUR, *checks_training.WIDE_FOUR]
     assert set(process_group.run(checks, 4, tmp_path).values()) == {None}
 
 
