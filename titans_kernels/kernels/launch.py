@@ -209,20 +209,26 @@ def coefficients(token: Tokens, scratch: Scratch, first_block: int, problem: Pro
     )
 
 
-def scan(token: Tokens, scratch: Scratch, first_block: int, problem: Problem) -> None:
-    """Walk over one group, from the states that `scratch.at` was given: they go on in place."""
-    depth = len(scratch.layers)
-    scan_kernel[(len(token.bounds), token.k.shape[1])](
+def memory_of(token: Tokens, scratch: Scratch, problem: Problem) -> dict[str, Any]:
+    """What every pass over layers takes."""
+    return dict(
         token=token,
         coefficient=scratch.coefficient,
         layers=scratch.layers,
+        hidden=scratch.hidden,
+        sizes=problem.sizes(token, scratch.hidden, len(scratch.layers)),
+    )
+
+
+def scan(token: Tokens, scratch: Scratch, first_block: int, problem: Problem) -> None:
+    """Walk over one group, from the states that `scratch.at` was given: they go on in place."""
+    scan_kernel[(len(token.bounds), token.k.shape[1])](
+        **memory_of(token, scratch, problem),
         p_norm=norm_or(problem.norm, scratch.coefficient.a),
         group=first_block,
         blocks=scratch.blocks,
         chunks=problem.blocks.chunks,
-        hidden=scratch.hidden,
         width=token.k.shape[2],
-        sizes=problem.sizes(token, scratch.hidden, depth),
         KEEP=scratch.keep,
         **problem.tile.scan.options(),
     )
@@ -233,17 +239,12 @@ def retrieve(
 ) -> None:
     """Outputs of one group's tokens into `query.o`; or what the backward pass wants of them."""
     parts = problem.tile.block // problem.tile.queries
-    H, depth = token.k.shape[1], len(scratch.layers)
-    retrieve_kernel[(len(token.bounds), scratch.blocks, H * parts)](
-        token=token,
+    retrieve_kernel[(len(token.bounds), scratch.blocks, token.k.shape[1] * parts)](
+        **memory_of(token, scratch, problem),
         query=query,
-        coefficient=scratch.coefficient,
-        layers=scratch.layers,
         query_layers=scratch.query_layers,
         p_norm=norm_or(problem.norm, scratch.coefficient.a),
         group=first_block,
-        hidden=scratch.hidden,
-        sizes=problem.sizes(token, scratch.hidden, depth),
         KEEP=scratch.keep,
         **problem.tile.retrieve.options(),
     )
@@ -254,20 +255,15 @@ def short(query: Queries, token: Tokens, scratch: Scratch, problem: Problem, fin
 
     The scratch is `on` these, of one block.
     """
-    H, depth = token.k.shape[1], len(scratch.layers)
-    short_kernel[(len(token.bounds), H)](
-        token=token,
+    short_kernel[(len(token.bounds), token.k.shape[1])](
+        **memory_of(token, scratch, problem),
         query=query,
-        coefficient=scratch.coefficient,
-        layers=scratch.layers,
         query_layers=scratch.query_layers,
         p_norm=norm_or(problem.norm, scratch.coefficient.a),
         chunks=problem.blocks.chunks,
         rows=problem.tile.block,
-        hidden=scratch.hidden,
         width=token.k.shape[2],
         final=int(final),
-        sizes=problem.sizes(token, scratch.hidden, depth),
         **problem.tile.scan.options(),
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .coefficients_backward import coefficients_backward_kernel
 from .inputs_backward import inputs_backward_kernel
-from .launch import Problem, Scratch, norm_or
+from .launch import Problem, Scratch, memory_of, norm_or
 from .records import CoefficientGrad, Grad, LayerGrad, Queries, TokenGrad, Tokens
 from .retrieve_backward import retrieve_backward_kernel
 from .scan_backward import scan_backward_kernel
@@ -56,18 +56,13 @@ def allocate(
 def _arguments(
     query: Queries, token: Tokens, scratch: Scratch, grad: Grad, first_block: int, problem: Problem
 ) -> dict[str, Any]:
-    """What every pass over layers takes."""
-    return dict(
-        token=token,
+    """What every backward pass over layers takes."""
+    return memory_of(token, scratch, problem) | dict(
         query=query,
-        coefficient=scratch.coefficient,
-        layers=scratch.layers,
         query_layers=scratch.query_layers,
         grad=grad,
         group=first_block,
-        hidden=scratch.hidden,
         width=token.k.shape[2],
-        sizes=problem.sizes(token, scratch.hidden, len(scratch.layers)),
     )
 
 
