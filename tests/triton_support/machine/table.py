@@ -69,10 +69,11 @@ is a bound from above and is held to be one:
   has both sides of a branch, and code that only some turns reach in every turn;
 - all of the kernels of coefficients: their work at the end of a chunk stands behind a branch.
 
-The table's case is larger than the test's: 1,024 tokens at D 64. There scan, counted along loops, is up
-to 6% above in one form (matrix loads on sm_90): of its 16 blocks the last one hands on no state or, in
-the forward pass alone, no rounded copy of it, and the count has that turn too. `recall` has 43 shared
-loads a warp more in machine code for sm_90 than in PTX, which is not explained.
+The table's case is larger than the test's: 1,024 tokens at D 64. There scan, counted along loops,
+is up to 6% above in one form (matrix loads on sm_90): of its 16 blocks the last one hands on no
+state or, in the forward pass alone, no rounded copy of it, and the count has that turn too.
+`recall` has 43 shared loads a warp more in machine code for sm_90 than in PTX, which is not
+explained.
 
 Not compared with machine code: special functions, float and other, which ptxas merges, hoists and
 expands (a division is several instructions there); global accesses, which it merges.
