@@ -75,7 +75,7 @@ def check_packed_sequences_cut_by_borders(rank, folder):
 def check_sequences_whose_states_stay(rank, folder):
     """With state="none" and borders in a sequence, and between two or empty ones."""
     at = sum(SIZES[dist.get_world_size()][:1])
-    for name in ("lmm", "mac", "mag", "tnt"):
+    for name in ("memory", "lmm", "mac", "mag", "tnt"):
         one = layer(name)
         many = _sharded(one, state="none", pieces=2)
         x = tokens(1, 16, 8).requires_grad_()
