@@ -72,8 +72,7 @@ is a bound from above and is held to be one:
 The table's case is larger than the test's: 1,024 tokens at D 64. There scan, counted along loops,
 is up to 6% above in one form (matrix loads on sm_90): of its 16 blocks the last one hands on no
 state or, in the forward pass alone, no rounded copy of it, and the count has that turn too.
-`recall` has 43 shared loads a warp more in machine code for sm_90 than in PTX, which is not
-explained.
+Loads that ptxas writes with a predicate that is never true are not counted.
 
 Not compared with machine code: special functions, float and other, which ptxas merges, hoists and
 expands (a division is several instructions there); global accesses, which it merges.
