@@ -264,7 +264,7 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of `packed.differentiable()`: interval after interval, the last first.
 
-    A group's forward pass is recomputed. Its scratch, about 14 KB a token and head of the group at
+    A group's forward pass is recomputed. Its scratch, about 15 KB a token and head of the group at
     D 64 and hidden 256, is all that is held in addition to the states that forward kept: 128 bytes
     a token and head of all.
     """
