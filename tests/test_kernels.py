@@ -254,16 +254,18 @@ def _forbidden(source):
     """What kernels must not do: (line, why) of each.
 
     Triton before 3.7.1 miscompiles, on Hopper, a product with the transpose of a product: what is
-    needed transposed is loaded or computed transposed. A transpose that is added to a tile is no
-    operand: the PTX of 3.6.0 for sm_90 was executed with it (docs/machine.md). A product says how
-    it rounds; results do not depend on the order of programs; an offset is as wide as a tensor may
-    be long.
+    needed transposed is loaded or computed transposed. A tile that its own transpose is added to
+    is no operand: the PTX of 3.6.0 for sm_90 was executed with it (docs/machine.md). A product says
+    how it rounds; results do not depend on the order of programs; an offset is as wide as a tensor
+    may be long.
     """
     tree, found = ast.parse(source), []
     summed = {
         id(node.value.func)
         for node in ast.walk(tree)
-        if isinstance(node, ast.AugAssign) and isinstance(node.value, ast.Call)
+        if isinstance(node, ast.AugAssign)
+        and isinstance(node.op, ast.Add)
+        and ast.unparse(node.value) == f"tl.trans({ast.unparse(node.target)})"
     }
     widened = {
         id(node.func.value)
@@ -311,5 +313,7 @@ def test_forbidden_patterns_are_found():
     source = "\n".join(line[4:] for line in inspect.getsource(kernel).splitlines())
     why = ("trans", "T", "input_precision", "out_dtype", "make_block_ptr", "atomic", "int32")
     assert sorted(_forbidden(source)) == [(2 + i, reason) for i, reason in enumerate(why)]
+    assert _forbidden("x += tl.trans(x)") == []
+    assert _forbidden("x += tl.trans(y)") == _forbidden("x *= tl.trans(x)") == [(1, "trans")]
     many = f"def a_kernel({', '.join('abcdefghijklm')}): pass"
     assert _forbidden(many) == [(1, "parameters")]
