@@ -7,6 +7,26 @@ block holds whole chunks, or a chunk spans SPAN blocks and none crosses its end.
 import triton
 import triton.language as tl
 
+from .records import Block, Chunk
+
+
+@triton.jit
+def block_at(i_n, i_h, i_block, blocks, group, first, count, sizes):
+    """A block of the group that has tokens."""
+    begun = i_block
+    if sizes.SPAN > 1:
+        begun = i_block - (group + i_block) % sizes.SPAN
+    return Block(
+        n=i_n,
+        h=i_h,
+        state=i_n * sizes.H + i_h,
+        slot=slot_of(i_n, i_block, blocks, i_h, sizes),
+        start=slot_of(i_n, begun, blocks, i_h, sizes),
+        begun=begun,
+        first=first,
+        count=count,
+    )
+
 
 @triton.jit
 def block_of(token, i_n, block, sizes):
@@ -58,37 +78,41 @@ def query_row(o_t, sizes):
 
 
 @triton.jit
-def start_block(i_n, i_block, i_h, group, blocks, sizes):
-    """Whose state a chunk starts with: slot and head, and the block, negative in earlier groups."""
-    begun = i_block
-    if sizes.SPAN > 1:
-        begun = i_block - (group + i_block) % sizes.SPAN
-    return slot_of(i_n, begun, blocks, i_h, sizes), begun
-
-
-@triton.jit
-def start_state(layer, start, i_s, i_l: tl.constexpr, sizes):
+def start_state(layer, block, i_l: tl.constexpr, sizes):
     """The state, rounded, that a chunk starts with; of one over blocks no share of momentum."""
-    i_w, begun = start
     o = sizes.WIDTHS[i_l] * sizes.WIDTHS[i_l + 1]
-    p_W, p_S = layer.W + i_w * o, layer.S + i_w * o
+    p_W, p_S = layer.W + block.start * o, layer.S + block.start * o
     if sizes.SPAN > 1:
-        if begun < 0:
-            p_W = layer.W_anchor + i_s * o
+        if block.begun < 0:
+            p_W = layer.W_anchor + block.state * o
         p_S = p_W
     return p_W, p_S
 
 
 @triton.jit
-def history(coefficient, i_b, row, m_p, i_l: tl.constexpr, sizes):
-    """-G of a row: how much of each earlier token's update a state still holds, [BT]."""
-    o = ((i_b * sizes.L + sizes.GATES[i_l]) * sizes.BT + row) * sizes.BT
-    return -tl.load(coefficient.G + o + tl.arange(0, sizes.BT), mask=m_p, other=0.0)
+def chunk_at(block, r, sizes):
+    """The r-th chunk of a block."""
+    o_i, o_t = tl.arange(0, sizes.BT), tl.arange(0, sizes.BC)
+    o_c = r * sizes.CHUNK + o_t
+    return Chunk(
+        row=r * sizes.CHUNK - 1,
+        tokens=o_c,
+        mask=(o_t < sizes.CHUNK) & (o_c < block.count),
+        earlier=(o_i < r * sizes.CHUNK) & (o_i < block.count),
+        later=(o_i >= (r + 1) * sizes.CHUNK) & (o_i < block.count),
+    )
 
 
 @triton.jit
-def weights_of(coefficient, i_b, row, i_l: tl.constexpr, sizes):
-    """a and c of a row."""
-    o = (i_b * sizes.L + sizes.GATES[i_l]) * sizes.BT + row
-    a = tl.load(coefficient.a + o, mask=row >= 0, other=1.0)
-    return a, tl.load(coefficient.c + o, mask=row >= 0, other=0.0)
+def history(coefficient, block, chunk, i_l: tl.constexpr, sizes):
+    """-G: how much of each earlier token's update the state a chunk starts with holds, [BT]."""
+    o = ((block.slot * sizes.L + sizes.GATES[i_l]) * sizes.BT + chunk.row) * sizes.BT
+    return -tl.load(coefficient.G + o + tl.arange(0, sizes.BT), mask=chunk.earlier, other=0.0)
+
+
+@triton.jit
+def weights_of(coefficient, block, chunk, i_l: tl.constexpr, sizes):
+    """a and c of the state that a chunk starts with."""
+    o = (block.slot * sizes.L + sizes.GATES[i_l]) * sizes.BT + chunk.row
+    a = tl.load(coefficient.a + o, mask=chunk.row >= 0, other=1.0)
+    return a, tl.load(coefficient.c + o, mask=chunk.row >= 0, other=0.0)

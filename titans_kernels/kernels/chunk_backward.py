@@ -20,50 +20,47 @@ and a reader (h, g) gives the rows of its history
 import triton
 import triton.language as tl
 
-from .blocks import history, start_state, weights_of
+from .blocks import chunk_at, history, start_state, weights_of
 from .network import curvature, error_backward, slope
 from .operands import dot, load, load_t, store_t
+from .records import ErrorsBackward
 
 
 @triton.jit
 def chunk_backward(
-    tokens,  # the block's keys, values, and the gradient of these, [BT, D]
+    tokens,  # BlockTokens
     layers,
     coefficient,
     grad,
     p_norm,  # [2, D]
-    place,  # of the sequence, of the block, `start_block`, tokens, [BT] mask
-    r,  # which chunk of the block
-    ends,  # of loops: the hidden width, D
+    block,
+    r,  # which chunk of it
+    ends,
     sizes,
 ):
     D: tl.constexpr = sizes.D
     BT: tl.constexpr = sizes.BT
-    OP: tl.constexpr = tokens[0].dtype.element_ty
+    OP: tl.constexpr = tokens.k.dtype.element_ty
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
-    _, i_b, _, count, m_i = place
-    o_i, o_t, o_r = tl.arange(0, BT), tl.arange(0, sizes.BC), tl.arange(0, sizes.BR)
-    o_c = r * sizes.CHUNK + o_t  # [BC], the chunk's rows of the block
-    m_c = (o_t < sizes.CHUNK) & (o_c < count)
-    m_p = (o_i < r * sizes.CHUNK) & m_i  # [BT], earlier chunks
-    m_l = (o_i >= (r + 1) * sizes.CHUNK) & m_i  # later chunks
-    rows = (r * sizes.CHUNK - 1, o_c, m_c, m_p, m_l)
+    chunk = chunk_at(block, r, sizes)
+    o_c, m_c, m_l = chunk.tokens, chunk.mask, chunk.later
+    o_i, o_r = tl.arange(0, BT), tl.arange(0, sizes.BR)
 
     # keys by keys: later ones by the chunk's, [BT, BC]
     b_s = tl.zeros([BT, sizes.BC], ACC)
     if sizes.EARLIER:
-        for i in tl.range(0, ends[1], sizes.BR, num_stages=1, disable_licm=True):
+        for i in tl.range(0, ends.width, sizes.BR, num_stages=1, disable_licm=True):
             m_r = i + o_r < D
-            b_l = load(tokens[0], o_i, m_l, i + o_r, m_r, sizes.H * D)  # [BT, BR]
-            b_k = load_t(tokens[0], o_c, m_c, i + o_r, m_r, sizes.H * D)  # [BR, BC]
+            b_l = load(tokens.k, o_i, m_l, i + o_r, m_r, sizes.H * D)  # [BT, BR]
+            b_k = load_t(tokens.k, o_c, m_c, i + o_r, m_r, sizes.H * D)  # [BR, BC]
             b_s = dot(b_l, b_k, b_s, sizes.PRECISION)
         # what later keys read the first layer with of the chunk's errors
-        b_s = later(coefficient, i_b, rows, 0, sizes) * b_s
+        b_s = later(coefficient, block, chunk, 0, sizes) * b_s
     b_s = b_s.to(OP)
 
     if sizes.DEPTH == 1:
-        p_dd = grad.layers[0].d + i_b * BT * D
-        for i in tl.range(0, ends[1], sizes.BR, num_stages=1, disable_licm=True):
+        p_dd = grad.layers[0].d + block.slot * BT * D
+        for i in tl.range(0, ends.width, sizes.BR, num_stages=1, disable_licm=True):
             m_r = i + o_r < D
             b_dd = load_t(p_dd, o_c, m_c, i + o_r, m_r, D)  # [BR, BC]
             if sizes.EARLIER:
@@ -71,20 +68,21 @@ def chunk_backward(
                 b_dd = dot(b_l, b_s, b_dd, sizes.PRECISION)
             store_t(p_dd, b_dd, o_c, m_c, i + o_r, m_r, D)
         tl.debug_barrier()
-        output_backward(tokens, layers, grad, p_norm, place, rows, sizes)
+        output_backward(tokens, layers, grad, p_norm, block, chunk, sizes)
     else:
-        layers_backward(b_s, tokens, layers, coefficient, grad, p_norm, place, rows, ends, 1, sizes)
+        layers_backward(
+            b_s, tokens, layers, coefficient, grad, p_norm, block, chunk, ends, 1, sizes
+        )
 
 
 @triton.jit
-def later(coefficient, i_b, rows, i_l: tl.constexpr, sizes):
+def later(coefficient, block, chunk, i_l: tl.constexpr, sizes):
     """-G by which later tokens of the block read the chunk's, [BT, BC]."""
     BT: tl.constexpr = sizes.BT
-    _, o_c, m_c, _, m_l = rows
     o_row = tl.arange(0, BT) // sizes.CHUNK * sizes.CHUNK - 1
-    p_G = coefficient.G + (i_b * sizes.L + sizes.GATES[i_l]) * BT * BT
-    m = m_l[:, None] & m_c[None, :]
-    return -tl.load(p_G + o_row[:, None] * BT + o_c[None, :], mask=m, other=0.0)
+    p_G = coefficient.G + (block.slot * sizes.L + sizes.GATES[i_l]) * BT * BT
+    m = chunk.later[:, None] & chunk.mask[None, :]
+    return -tl.load(p_G + o_row[:, None] * BT + chunk.tokens[None, :], mask=m, other=0.0)
 
 
 @triton.jit
@@ -95,29 +93,29 @@ def layers_backward(
     coefficient,
     grad,
     p_norm,
-    place,
-    rows,
+    block,
+    chunk,
     ends,
     i_l: tl.constexpr,
     sizes,
 ):
     """From a layer up to the last one, and down again."""
-    kept = errors_backward(b_s, layers, coefficient, grad, place, rows, ends, i_l, sizes)
+    kept = errors_backward(b_s, layers, coefficient, grad, block, chunk, ends, i_l, sizes)
     tl.debug_barrier()
     if i_l + 1 < sizes.DEPTH:
         layers_backward(
-            b_s, tokens, layers, coefficient, grad, p_norm, place, rows, ends, i_l + 1, sizes
+            b_s, tokens, layers, coefficient, grad, p_norm, block, chunk, ends, i_l + 1, sizes
         )
         tl.debug_barrier()
     else:
-        output_backward(tokens, layers, grad, p_norm, place, rows, sizes)
-    row, _, _, m_p, _ = rows
-    i_row = (place[1] * sizes.L + sizes.GATES[i_l]) * sizes.BT + row
+        output_backward(tokens, layers, grad, p_norm, block, chunk, sizes)
+    row, m_p = chunk.row, chunk.earlier
+    i_row = (block.slot * sizes.L + sizes.GATES[i_l]) * sizes.BT + row
     known = row_of(grad.coefficient, i_row, row, m_p, sizes)
     # Warps that hold the same rows load them all, and one stores them: not before all have.
     tl.debug_barrier()
     b_da, b_dc, b_dG = products_backward(
-        kept, layers, coefficient, grad, place, rows, ends, i_l, sizes
+        kept, layers, coefficient, grad, block, chunk, ends, i_l, sizes
     )
     if sizes.EARLIER:
         if row >= 0:
@@ -137,7 +135,7 @@ def row_of(grad, i_row, row, m_p, sizes):
 
 
 @triton.jit
-def errors_backward(b_s, layers, coefficient, grad, place, rows, ends, i_l: tl.constexpr, sizes):
+def errors_backward(b_s, layers, coefficient, grad, block, chunk, ends, i_l: tl.constexpr, sizes):
     """`d_{l-1} = push_l(d_l) act'(z_{l-1})`: the whole gradient of d_l.
 
     Returns what `products_backward` goes on from.
@@ -152,12 +150,11 @@ def errors_backward(b_s, layers, coefficient, grad, place, rows, ends, i_l: tl.c
     OP: tl.constexpr = layers[i_l].x.dtype.element_ty
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
     PRECISION: tl.constexpr = sizes.PRECISION
-    i_s, i_b, start, _, _ = place
-    row, o_c, m_c, m_p, m_l = rows
+    i_b, hidden = block.slot, ends.hidden
+    o_c, m_c, m_p, m_l = chunk.tokens, chunk.mask, chunk.earlier, chunk.later
     m_o = m_p | m_l
     o_i, o_h, o_o = tl.arange(0, BT), tl.arange(0, BH), tl.arange(0, BO)
-    hidden, width = ends
-    out = width if LAST else hidden
+    out = ends.width if LAST else hidden
     o_in, o_out = i_b * BT * HIDDEN, i_b * BT * OUT
     p_x, p_e, p_d = layers[i_l].x + o_in, layers[i_l].e + o_in, layers[i_l].d + o_out
     p_z, p_de, p_dd = (
@@ -166,7 +163,7 @@ def errors_backward(b_s, layers, coefficient, grad, place, rows, ends, i_l: tl.c
         grad.layers[i_l].d + o_out,
     )
     p_below = grad.layers[i_l - 1].d + o_in
-    a, c = weights_of(coefficient, i_b, row, i_l, sizes)
+    a, c = weights_of(coefficient, block, chunk, i_l, sizes)
 
     b_ex = tl.zeros([BT, BC], ACC)  # de by x: the later's by ours, ours by earlier ones'
     b_xx = tl.zeros([BT, BC], ACC)  # x by x
@@ -194,15 +191,15 @@ def errors_backward(b_s, layers, coefficient, grad, place, rows, ends, i_l: tl.c
             b_o = tl.where(m_p[:, None], b_o, 0.0).to(OP)
             b_ex = dot(b_o, b_de, b_ex, PRECISION)
     # what later keys read the layer with of ours, and ours of earlier ones'
-    b_g = later(coefficient, i_b, rows, i_l, sizes)
-    b_gx = tl.where(m_p[:, None], history(coefficient, i_b, row, m_p, i_l, sizes)[:, None], b_g)
+    b_g = later(coefficient, block, chunk, i_l, sizes)
+    b_gx = tl.where(m_p[:, None], history(coefficient, block, chunk, i_l, sizes)[:, None], b_g)
     b_gex, b_gxx = (b_gx * b_ex).to(OP), (b_g * b_xx).to(OP)
     b_da = tl.zeros([BC], ACC)
     b_dc = tl.zeros([BC], ACC)
     b_dd2 = tl.zeros([BT, BC], ACC)  # d by d
     tl.debug_barrier()
 
-    p_w, p_s = start_state(layers[i_l], start, i_s, i_l, sizes)
+    p_w, p_s = start_state(layers[i_l], block, i_l, sizes)
     for i in tl.range(0, out, BO, num_stages=1, disable_licm=True):
         m_r = i + o_o < OUT
         b_dd = load_t(p_dd, o_c, m_c, i + o_o, m_r, OUT)  # [BO, BC]
@@ -231,41 +228,41 @@ def errors_backward(b_s, layers, coefficient, grad, place, rows, ends, i_l: tl.c
         else:
             b_dd += b_w
         store_t(p_dd, b_dd, o_c, m_c, i + o_o, m_r, OUT)
-    return b_gx, b_xx, (b_g * b_dd2).to(OP), tl.sum(b_ex * b_dd2, 1), b_da, b_dc
+    b_dG = tl.sum(b_ex * b_dd2, 1)
+    return ErrorsBackward(G=b_gx, xx=b_xx, dd=(b_g * b_dd2).to(OP), dG=b_dG, da=b_da, dc=b_dc)
 
 
 @triton.jit
-def output_backward(tokens, layers, grad, p_norm, place, rows, sizes):
+def output_backward(tokens, layers, grad, p_norm, block, chunk, sizes):
     """`d = error(y)`: of the last products, values, keys where there is a residual, the norm."""
     D: tl.constexpr = sizes.D
     LAST: tl.constexpr = sizes.DEPTH - 1
-    p_k, p_v, p_dv = tokens
-    i_s, i_b, _, _, _ = place
-    _, o_c, m_c, _, _ = rows
-    o_d = tl.arange(0, sizes.BD)
-    m_d, o_b = o_d < D, i_b * sizes.BT * D
+    o_c, m_c, o_d = chunk.tokens, chunk.mask, tl.arange(0, sizes.BD)
+    m_d, o_b = o_d < D, block.slot * sizes.BT * D
     p_dy, p_dx = grad.layers[LAST].d + o_b, grad.layers[0].x + o_b
     b_y = load_t(layers[LAST].z + o_b, o_c, m_c, o_d, m_d, D)  # [BD, BC]
     b_dd = load_t(p_dy, o_c, m_c, o_d, m_d, D)
-    b_k = load_t(p_k, o_c, m_c, o_d, m_d, sizes.H * D).to(b_y.dtype)
-    b_v = load_t(p_v, o_c, m_c, o_d, m_d, sizes.H * D).to(b_y.dtype)
+    b_k = load_t(tokens.k, o_c, m_c, o_d, m_d, sizes.H * D).to(b_y.dtype)
+    b_v = load_t(tokens.v, o_c, m_c, o_d, m_d, sizes.H * D).to(b_y.dtype)
     b_dy, b_df, b_dw, b_db = error_backward(b_dd, b_y, b_k, b_v, p_norm, o_d, m_d, sizes)
     if sizes.HAS_NORM:
-        p_dnorm = grad.norm_keys + i_s * 2 * D
+        p_dnorm = grad.norm_keys + block.state * 2 * D
         b_dw += tl.load(p_dnorm + o_d, mask=m_d, other=0.0)
         b_db += tl.load(p_dnorm + D + o_d, mask=m_d, other=0.0)
         tl.debug_barrier()
         tl.store(p_dnorm + o_d, b_dw, mask=m_d)
         tl.store(p_dnorm + D + o_d, b_db, mask=m_d)
     store_t(p_dy, b_dy, o_c, m_c, o_d, m_d, D)
-    store_t(p_dv, -b_df, o_c, m_c, o_d, m_d, sizes.H * D)
+    store_t(tokens.dv, -b_df, o_c, m_c, o_d, m_d, sizes.H * D)
     if sizes.RESIDUAL:
         b_df += load_t(p_dx, o_c, m_c, o_d, m_d, D)
         store_t(p_dx, b_df, o_c, m_c, o_d, m_d, D)
 
 
 @triton.jit
-def products_backward(kept, layers, coefficient, grad, place, rows, ends, i_l: tl.constexpr, sizes):
+def products_backward(
+    kept, layers, coefficient, grad, block, chunk, ends, i_l: tl.constexpr, sizes
+):
     """`z_l = pull_l(act(z_{l-1}))`: the whole gradient of z_{l-1}.
 
     Returns that of a, of c and, negative, of G: of the row that the chunk read the layer with. It
@@ -282,17 +279,16 @@ def products_backward(kept, layers, coefficient, grad, place, rows, ends, i_l: t
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
     PRECISION: tl.constexpr = sizes.PRECISION
     b_gx, b_xx, b_gdd, b_dG, b_da, b_dc = kept
-    i_s, i_b, start, _, _ = place
-    row, o_c, m_c, m_p, m_l = rows
+    i_b, hidden = block.slot, ends.hidden
+    o_c, m_c, m_p, m_l = chunk.tokens, chunk.mask, chunk.earlier, chunk.later
     m_o = m_p | m_l
     o_i, o_h, o_o = tl.arange(0, BT), tl.arange(0, BH), tl.arange(0, BO)
-    hidden, width = ends
-    out = width if LAST else hidden
+    out = ends.width if LAST else hidden
     o_in, o_out = i_b * BT * HIDDEN, i_b * BT * OUT
     p_x, p_d, p_z = layers[i_l].x + o_in, layers[i_l].d + o_out, layers[i_l - 1].z + o_in
     p_de, p_dx = grad.layers[i_l].e + o_in, grad.layers[i_l].x + o_in
     p_dz, p_below = grad.layers[i_l].d + o_out, grad.layers[i_l - 1].d + o_in
-    a, c = weights_of(coefficient, i_b, row, i_l, sizes)
+    a, c = weights_of(coefficient, block, chunk, i_l, sizes)
 
     b_gd = tl.zeros([BT, BC], ACC)  # dz by d: ours by earlier ones', the later's by ours
     if sizes.EARLIER:
@@ -308,7 +304,7 @@ def products_backward(kept, layers, coefficient, grad, place, rows, ends, i_l: t
     b_ggd = (b_gx * b_gd).to(OP)
     b_pa = tl.zeros([BH, BC], ACC)
     b_pc = tl.zeros([BH, BC], ACC)
-    p_w, p_s = start_state(layers[i_l], start, i_s, i_l, sizes)
+    p_w, p_s = start_state(layers[i_l], block, i_l, sizes)
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
         m_h = j + o_h < HIDDEN
         b_w = tl.zeros([BH, BC], ACC)

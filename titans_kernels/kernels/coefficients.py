@@ -10,7 +10,7 @@ rows of a block.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, slot_of
+from .blocks import block_at, block_of
 
 
 @triton.jit(do_not_specialize=["group"])
@@ -21,25 +21,21 @@ def coefficients_kernel(
     sizes,  # BlockSizes
     KEEP: tl.constexpr,
 ):
-    H: tl.constexpr = sizes.H
     L: tl.constexpr = sizes.L
     i_n, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_h, i_l = tl.program_id(2) // L, tl.program_id(2) % L
     first, count, end = block_of(token, i_n, group + i_block, sizes)
     if count == 0:
         return
-    i_b = slot_of(i_n, i_block, tl.num_programs(1), i_h, sizes)
-    rows_of_gates(
-        token, coefficient, (first * H + i_h, i_b), count, end, sizes.BT, i_l, sizes, KEEP
-    )
+    block = block_at(i_n, i_h, i_block, tl.num_programs(1), group, first, count, sizes)
+    rows_of_gates(token, coefficient, block, end, sizes.BT, i_l, sizes, KEEP)
 
 
 @triton.jit
 def rows_of_gates(
     token,
     coefficient,
-    place,  # the first token's gates, the block
-    count,
+    block,
     end,  # tokens that the state handed on has learned from
     rows,  # BT
     i_l,
@@ -51,7 +47,7 @@ def rows_of_gates(
     L: tl.constexpr = sizes.L
     BT: tl.constexpr = sizes.BT
     o_t = tl.arange(0, BT)
-    o_gate, i_g = place[0] * L + i_l, place[1] * L + i_l
+    o_gate, i_g = (block.first * H + block.h) * L + i_l, block.slot * L + i_l
     p_end = coefficient.end + i_g * (4 + 2 * BT)
 
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
@@ -68,7 +64,7 @@ def rows_of_gates(
         tl.store(p_end + 4 + o_t, b_G)
         tl.store(p_end + 4 + BT + o_t, b_P)
     for t in range(0, rows):
-        if t < count:
+        if t < block.count:
             theta = tl.load(token.theta + o_gate + t * H * L).to(ACC)
             keep = 1.0 - tl.load(token.alpha + o_gate + t * H * L).to(ACC)
             eta = tl.load(token.eta + o_gate + t * H * L).to(ACC)

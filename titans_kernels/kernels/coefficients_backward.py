@@ -14,7 +14,7 @@ Grid: (sequences, blocks, heads x layers with gates of their own).
 import triton
 import triton.language as tl
 
-from .blocks import block_of, slot_of
+from .blocks import block_at, block_of
 
 
 @triton.jit(do_not_specialize=["group"])
@@ -36,10 +36,10 @@ def coefficients_backward_kernel(
     first, count, end = block_of(token, i_n, group + i_block, sizes)
     if count == 0:
         return
+    block = block_at(i_n, i_h, i_block, tl.num_programs(1), group, first, count, sizes)
     o_t = tl.arange(0, BT)
     o_gate = (first * H + i_h) * L + i_l
-    i_b = slot_of(i_n, i_block, tl.num_programs(1), i_h, sizes)
-    i_g = i_b * L + i_l
+    i_g = block.slot * L + i_l
     p_a = coefficient.a + i_g * BT
     p_c = coefficient.c + i_g * BT
     p_p = coefficient.p + i_g * BT
@@ -49,7 +49,7 @@ def coefficients_backward_kernel(
     p_dc = grad.c + i_g * BT
     p_dG = grad.G + i_g * BT * BT
     p_dend = grad.end + i_g * (4 + 2 * BT)
-    i_key = i_g if READ == "chunk" else i_b
+    i_key = i_g if READ == "chunk" else block.slot
     p_da_key = grad.a_key + i_key * BT
     p_dc_key = grad.c_key + i_key * BT
     p_dG_key = grad.G_key + i_key * BT * BT

@@ -15,7 +15,7 @@ Grid: (sequences, blocks, heads), everything parallel.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, query_of, query_row, slot_of, start_block, start_row, start_state
+from .blocks import block_at, block_of, query_of, query_row, start_row, start_state
 from .operands import dot, load, load_t, store, store_t
 from .retrieve_backward import add_rows, errors_backward
 
@@ -50,17 +50,15 @@ def inputs_backward_kernel(
     OP: tl.constexpr = token.k.dtype.element_ty
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
     i_n, i_block, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    blocks = tl.num_programs(1)
     first, count, _ = block_of(token, i_n, group + i_block, sizes)
     if count == 0:
         return
+    block = block_at(i_n, i_h, i_block, tl.num_programs(1), group, first, count, sizes)
     o_t, o_h = tl.arange(0, BT), tl.arange(0, BH)
-    m_t = o_t < count
-    i_b = slot_of(i_n, i_block, blocks, i_h, sizes)
+    i_b, m_t = block.slot, o_t < count
     i_a = i_b * sizes.L * BT
     if STARTS:
-        i_s, start = i_n * H + i_h, start_block(i_n, i_block, i_h, group, blocks, sizes)
-        p_w, p_s = start_state(layers[0], start, i_s, 0, sizes)
+        p_w, p_s = start_state(layers[0], block, 0, sizes)
         i_da = i_a if sizes.READ == "chunk" else i_b * BT
         p_da, p_dc = grad.coefficient.a_key + i_da, grad.coefficient.c_key + i_da
         p_dG = grad.coefficient.G_key + i_da * BT

@@ -105,6 +105,85 @@ class Grad(NamedTuple):
     norm_keys: Tensor  # [N, H, 2, D], in and out, of keys
 
 
+class Block(NamedTuple):
+    """One block of a sequence and head, as `block_at` finds it inside a kernel."""
+
+    n: Any  # the sequence
+    h: Any  # the head
+    state: Any  # both as one number: of what a sequence has one of
+    slot: Any  # the block and the head: of scratch
+    start: Any  # of the block whose state its chunk starts with
+    begun: Any  # that block in the group, negative in earlier groups
+    first: Any  # its first token
+    count: Any  # its tokens
+
+
+class Chunk(NamedTuple):
+    """A chunk of a block, as `chunk_at` finds it: its tokens are rows of the block."""
+
+    row: Any  # of the coefficients that it starts with; -1 is the block's start
+    tokens: Any  # [BC]
+    mask: Any
+    earlier: Any  # [BT], mask of the tokens of earlier chunks
+    later: Any
+
+
+class Read(NamedTuple):
+    """What a layer is read with."""
+
+    q: Any  # [BD, BQ], the first layer's input
+    a: Any  # [BQ]
+    c: Any
+    x: Any  # [BT, BQ], keys' inputs by queries', weighted
+    W: Any  # [BD, BQ], what the last layer makes of the queries
+    S: Any
+
+
+class Update(NamedTuple):
+    """What `advance` makes of a layer's state at the end of a block."""
+
+    end: Any  # coefficients of the state handed on, [4 + 2 BT]
+    moves: Any  # bool: there is anything to do
+    more: Any  # there is a next block in the group, which reads it
+    whole: Any  # the block makes its chunk whole
+
+
+class Ends(NamedTuple):
+    """Where loops end, known at run time only."""
+
+    hidden: Any
+    width: Any  # D
+
+
+class BlockTokens(NamedTuple):
+    """A block's tokens of one head, [BT, D]."""
+
+    k: Any
+    v: Any
+    dv: Any  # the gradient of v
+
+
+class ErrorsBackward(NamedTuple):
+    """What the gradient of a chunk's errors leaves for that of its products."""
+
+    G: Any  # [BT, BC], by which it reads earlier tokens, and later ones read it
+    xx: Any  # inputs by inputs
+    dd: Any  # errors by errors, weighted
+    dG: Any  # [BT]
+    da: Any  # [BC]
+    dc: Any
+
+
+class Readers(NamedTuple):
+    """What read the block's state: its queries and keys, [BT, D], and with which row."""
+
+    q: Any
+    k: Any
+    mask: Any  # of queries
+    row: Any  # [BT], of coefficients that keys read with
+    begins: Any  # whether the block is its chunk's first
+
+
 class BlockSizes(NamedTuple):
     """What the passes over gates are compiled for."""
 

@@ -11,9 +11,10 @@ states, inputs and errors that `scan` left.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, query_of, query_row, slot_of, start_block, start_state
+from .blocks import block_at, block_of, query_of, query_row, start_state
 from .network import activate, head
 from .operands import dot, load, load_t, store_t
+from .records import Read
 
 
 @triton.jit(do_not_specialize=["group"])
@@ -36,19 +37,21 @@ def retrieve_kernel(
     first, count, _ = block_of(token, i_n, group + i_block, sizes)
     if count <= skipped:
         return
-    i_b = slot_of(i_n, i_block, tl.num_programs(1), i_h, sizes)
-    start = start_block(i_n, i_block, i_h, group, tl.num_programs(1), sizes)
-    block = (i_n, i_h, i_b, start, first, count)
-    memory = (coefficient, layers, query_layers, p_norm)
-    read_block(token, query, memory, block, skipped, hidden, sizes, KEEP)
+    block = block_at(i_n, i_h, i_block, tl.num_programs(1), group, first, count, sizes)
+    read_block(
+        token, query, coefficient, layers, query_layers, p_norm, block, skipped, hidden, sizes, KEEP
+    )
 
 
 @triton.jit
 def read_block(
     token,
     query,
-    memory,  # coefficients, layers, query layers, the norm [H, 2, D]
-    block,  # sequence, head, slot, `start_block`, the first token, tokens
+    coefficient,
+    layers,
+    query_layers,
+    p_norm,  # [H, 2, D]
+    block,
     skipped,
     hidden,
     sizes,
@@ -60,9 +63,8 @@ def read_block(
     BT: tl.constexpr = sizes.BT
     BQ: tl.constexpr = sizes.BQ
     LAST: tl.constexpr = sizes.DEPTH - 1
-    coefficient, layers, query_layers, p_norm = memory
-    i_n, i_h, i_b, start, first, count = block
-    i_q, tail = query_of(token, i_n, first)
+    i_h, i_b, count = block.h, block.slot, block.count
+    i_q, tail = query_of(token, block.n, block.first)
     o_q, o_t, o_d = skipped + tl.arange(0, BQ), tl.arange(0, BT), tl.arange(0, sizes.BD)
     m_t, m_d = o_t < count, o_d < D
     m_r, m_q = o_q < count, (o_q < count) & (o_q >= tail)
@@ -71,7 +73,7 @@ def read_block(
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
     o_k = (i_q * H + i_h) * D
     p_q, p_o = query.q + o_k, query.o + o_k
-    p_k = token.k + (first * H + i_h) * D
+    p_k = token.k + (block.first * H + i_h) * D
     p_d = layers[LAST].d + i_b * BT * D
     b_q = load_t(p_q, o_q, m_q, o_d, m_d, H * D)  # [BD, BQ]
     b_k = load(p_k, o_t, m_t, o_d, m_d, H * D)  # [BT, BD]
@@ -79,17 +81,15 @@ def read_block(
     b_a, b_c, b_G = rows_of(coefficient, i_b * sizes.L, o_row, sizes, "")
     b_s = (-b_G * dot(b_k, b_q, None, sizes.PRECISION)).to(OP)  # [BT, BQ]
 
-    place = (i_n * H + i_h, i_b, start, o_q, count)
     b_W = tl.zeros([sizes.BD, BQ], ACC)
     b_S = tl.zeros([sizes.BD, BQ], ACC)
     if LAST == 0:
-        b_W, b_S = only_layer(p_q, layers[0], b_W, b_S, place, m_q, hidden, sizes)
+        b_W, b_S = only_layer(p_q, layers[0], b_W, b_S, block, o_q, m_q, hidden, sizes)
     else:
         for i_l in tl.static_range(LAST):
-            kept = (query_layers[i_l], query_layers[i_l + 1])
-            near, far = (b_a, b_c, b_s), (b_W, b_S)
+            read = Read(b_q, b_a, b_c, b_s, b_W, b_S)
             b_xx, b_W, b_S = hidden_layer(
-                b_q, near, layers[i_l], layers[i_l + 1], kept, far, place, hidden, i_l, sizes, KEEP
+                read, layers, query_layers, block, o_q, hidden, i_l, sizes, KEEP
             )
             # What G, a and c were loaded for first would fill registers all along. The modifier
             # only keeps the compiler from merging these loads with the first.
@@ -130,24 +130,23 @@ def rows_of(coefficient, i_a, o_row, sizes, MODIFIER: tl.constexpr):
 
 
 @triton.jit
-def state_of(layer, place, i_l: tl.constexpr, sizes):
+def state_of(layer, block, i_l: tl.constexpr, sizes):
     """The state that queries read, with a share of history: the block's, or their chunk's."""
-    i_s, i_b, start, _, _ = place
-    o = i_b * sizes.WIDTHS[i_l] * sizes.WIDTHS[i_l + 1]
+    o = block.slot * sizes.WIDTHS[i_l] * sizes.WIDTHS[i_l + 1]
     p_W, p_S = layer.W + o, layer.S + o
     if sizes.READ == "chunk":
-        p_W, p_S = start_state(layer, start, i_s, i_l, sizes)
+        p_W, p_S = start_state(layer, block, i_l, sizes)
     return p_W, p_S
 
 
 @triton.jit
-def only_layer(p_q, layer, b_W, b_S, place, m_q, hidden, sizes):
+def only_layer(p_q, layer, b_W, b_S, block, o_q, m_q, hidden, sizes):
     """Queries through W and S where there is one layer: its inputs come in slices too."""
     D: tl.constexpr = sizes.D
     OP: tl.constexpr = p_q.dtype.element_ty
     o_d, o_h = tl.arange(0, sizes.BD), tl.arange(0, sizes.BH)
-    m_d, o_q = o_d < D, place[3]
-    p_W, p_S = state_of(layer, place, 0, sizes)
+    m_d = o_d < D
+    p_W, p_S = state_of(layer, block, 0, sizes)
     for j in tl.range(0, hidden, sizes.BH, disable_licm=True):
         m_h = j + o_h < D
         b_x = load_t(p_q + j, o_q, m_q, o_h, m_h, sizes.H * D)  # [BH, BQ]
@@ -161,13 +160,11 @@ def only_layer(p_q, layer, b_W, b_S, place, m_q, hidden, sizes):
 
 @triton.jit
 def hidden_layer(
-    b_q,  # [BD, BQ], the first layer's input
-    near,  # a, c [BQ], and keys' inputs by queries', weighted, [BT, BQ]
-    layer,
-    above,  # the next layer
-    kept,  # QueryLayers of the two
-    far,  # [BD, BQ], what the last layer's W and S make of the queries
-    place,  # sequence, block, `start_block`, the queries' rows of the block, its tokens
+    read,
+    layers,
+    query_layers,
+    block,
+    o_q,  # [BQ], the queries' rows of the block
     hidden,
     i_l: tl.constexpr,
     sizes,
@@ -175,20 +172,19 @@ def hidden_layer(
 ):
     """Products of a layer that is not the last, and what the next one makes of them.
 
-    That is keys' inputs by queries', [BT, BQ], and where it is the last `far`.
+    That is keys' inputs by queries', [BT, BQ], and where it is the last W and S.
     """
-    _, i_b, _, o_q, count = place
-    b_a, b_c, b_s = near
-    b_W, b_S = far
+    layer, above = layers[i_l], layers[i_l + 1]
+    b_q, b_a, b_c, b_s, b_W, b_S = read
     D: tl.constexpr = sizes.D
     HIDDEN: tl.constexpr = sizes.HIDDEN
     BT: tl.constexpr = sizes.BT
     OP: tl.constexpr = b_q.dtype
     o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, sizes.BD), tl.arange(0, sizes.BH)
-    m_t, m_d, m_r = o_t < count, o_d < D, o_q < count
-    o_b = i_b * BT * HIDDEN
-    p_W, p_S = state_of(layer, place, i_l, sizes)
-    p_W_above, p_S_above = state_of(above, place, i_l + 1, sizes)
+    m_t, m_d, m_r = o_t < block.count, o_d < D, o_q < block.count
+    o_b = block.slot * BT * HIDDEN
+    p_W, p_S = state_of(layer, block, i_l, sizes)
+    p_W_above, p_S_above = state_of(above, block, i_l + 1, sizes)
     b_xx = tl.zeros([BT, sizes.BQ], b_W.dtype)
     if i_l > 0:  # reads what the layer below stored
         tl.debug_barrier()
@@ -205,7 +201,7 @@ def hidden_layer(
             b_zS = tl.zeros([sizes.BH, sizes.BQ], b_W.dtype)
             for i in tl.range(0, hidden, sizes.BH, num_stages=1, disable_licm=True):
                 m_i = i + o_h < HIDDEN
-                b_x = load_t(kept[0].h + o_b, o_q, m_r, i + o_h, m_i, HIDDEN)  # [BH, BQ]
+                b_x = load_t(query_layers[i_l].h + o_b, o_q, m_r, i + o_h, m_i, HIDDEN)  # [BH, BQ]
                 b_w = load_t(p_W, i + o_h, m_i, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BH]
                 b_zW = dot(b_w, b_x, b_zW, sizes.PRECISION)
                 if sizes.HISTORY:
@@ -217,9 +213,9 @@ def hidden_layer(
             b_z = dot(b_d, b_s, b_z, sizes.PRECISION)
         b_h = activate(b_z, sizes.ACTIVATION).to(OP)
         if KEEP:
-            store_t(kept[0].z + o_b, b_z, o_q, m_r, j + o_h, m_h, HIDDEN)
+            store_t(query_layers[i_l].z + o_b, b_z, o_q, m_r, j + o_h, m_h, HIDDEN)
         if KEEP or i_l + 2 < sizes.DEPTH:
-            store_t(kept[1].h + o_b, b_h, o_q, m_r, j + o_h, m_h, HIDDEN)
+            store_t(query_layers[i_l + 1].h + o_b, b_h, o_q, m_r, j + o_h, m_h, HIDDEN)
 
         if sizes.HISTORY:
             b_x = load(above.x + o_b, o_t, m_t, j + o_h, m_h, HIDDEN)  # [BT, BH]

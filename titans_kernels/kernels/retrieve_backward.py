@@ -17,7 +17,7 @@ every tensor of the scratch once.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, query_of, query_row, slot_of, start_block, start_state
+from .blocks import block_at, block_of, query_of, query_row, start_state
 from .network import head_backward, slope
 from .operands import dot, load, load_t, store, store_t
 
@@ -43,7 +43,8 @@ def retrieve_backward_kernel(
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
     i_n, i_block, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     first, count, _ = block_of(token, i_n, group + i_block, sizes)
-    i_b = slot_of(i_n, i_block, tl.num_programs(1), i_h, sizes)
+    block = block_at(i_n, i_h, i_block, tl.num_programs(1), group, first, count, sizes)
+    i_b = block.slot
     o_t, o_d = tl.arange(0, BT), tl.arange(0, sizes.BD)
     m_t, m_d = o_t < count, o_d < D
     p_dnorm = grad.norm + i_b * 2 * D
@@ -54,7 +55,6 @@ def retrieve_backward_kernel(
         return
     i_q, tail = query_of(token, i_n, first)
     m_q = m_t & (o_t >= tail)
-    start = start_block(i_n, i_block, i_h, group, tl.num_programs(1), sizes)
 
     p_y, p_part = query_layers[LAST].z + i_b * BT * D, query.parts + i_b * 2 * BT * D
     b_do = load_t(query.o + (i_q * H + i_h) * D, o_t, m_q, o_d, m_d, H * D)  # [BD, BT]
@@ -75,24 +75,34 @@ def retrieve_backward_kernel(
 
     for back in tl.static_range(LAST):
         tl.debug_barrier()
-        layer, below = layers[LAST - back], query_layers[LAST - back - 1]
-        place = (query_layers[LAST - back], below, i_n * H + i_h, i_b, start, m_t)
-        layer_backward(layer, place, coefficient, grad, hidden, width, LAST - back, sizes)
+        layer_backward(
+            layers[LAST - back],
+            query_layers[LAST - back],
+            query_layers[LAST - back - 1],
+            coefficient,
+            grad,
+            block,
+            hidden,
+            width,
+            LAST - back,
+            sizes,
+        )
 
 
 @triton.jit
 def layer_backward(
     layer,
-    place,  # QueryLayers of it and of the layer before; sequence, block, `start_block`, tokens
+    query_layer,
+    below,  # QueryLayer of the layer before
     coefficient,
     grad,
+    block,
     hidden,
     width,
     i_l: tl.constexpr,
     sizes,
 ):
     """A layer that is not the first: of its keys' inputs and errors, of the products below it."""
-    query_layer, below, i_s, i_b, start, m_t = place
     HIDDEN: tl.constexpr = sizes.HIDDEN
     OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
     LAST: tl.constexpr = i_l + 1 == sizes.DEPTH
@@ -103,6 +113,7 @@ def layer_backward(
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
     PRECISION: tl.constexpr = sizes.PRECISION
     o_t, o_h, o_o = tl.arange(0, BT), tl.arange(0, BH), tl.arange(0, BO)
+    i_b, m_t = block.slot, o_t < block.count
     out = width if LAST else hidden
     p_x, p_h = layer.x + i_b * BT * HIDDEN, query_layer.h + i_b * BT * HIDDEN
     p_d, p_dz = layer.d + i_b * BT * OUT, query_layer.z + i_b * BT * OUT
@@ -112,7 +123,7 @@ def layer_backward(
     p_a, p_c, o_row = coefficient.a + o_a, coefficient.c + o_a, query_row(o_t, sizes)
     p_W, p_S = layer.W + i_b * HIDDEN * OUT, layer.S + i_b * HIDDEN * OUT
     if sizes.READ == "chunk":
-        p_W, p_S = start_state(layer, start, i_s, i_l, sizes)
+        p_W, p_S = start_state(layer, block, i_l, sizes)
 
     # [BT, BT] tiles are keys i by queries t.
     b_hx = tl.zeros([BT, BT], ACC)

@@ -18,9 +18,10 @@ barrier stands between; loops that store what they load are not pipelined.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, history, slot_of, start_row, weights_of
+from .blocks import block_at, block_of, chunk_at, history, start_row, weights_of
 from .network import activate, error, slope
 from .operands import dot, load, load_t, store_t
+from .records import Update
 
 
 @triton.jit(do_not_specialize=["group", "blocks", "chunks"])
@@ -39,20 +40,15 @@ def scan_kernel(
 ):
     H: tl.constexpr = sizes.H
     i_n, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i_s = i_n * H + i_h
     p_norm += i_h * 2 * sizes.D
 
     for i_block in tl.range(0, blocks, num_stages=1, disable_licm=True):
         first, count, learned = block_of(token, i_n, group + i_block, sizes)
         if count > 0:
-            i_b = slot_of(i_n, i_block, blocks, i_h, sizes)
+            block = block_at(i_n, i_h, i_block, blocks, group, first, count, sizes)
             o_k = (first * H + i_h) * sizes.D
             p_k, p_v = token.k + o_k, token.v + o_k
-            i_w = i_b if sizes.SPAN == 1 else i_s  # of the state that keys read
-            place = (i_b, i_w, i_b if KEEP else i_s)
-            block_of_keys(
-                p_k, p_v, layers, coefficient, p_norm, place, count, chunks, hidden, sizes, KEEP
-            )
+            block_of_keys(p_k, p_v, layers, coefficient, p_norm, block, chunks, hidden, sizes, KEEP)
 
             # A block that is all open chunk, as in decoding, hands on the state it was given.
             moves = learned > 0
@@ -63,9 +59,9 @@ def scan_kernel(
             if sizes.SPAN > 1:  # the last block of a chunk that lacks tokens does not make it whole
                 whole = whole & (count == sizes.CHUNK - (sizes.SPAN - 1) * sizes.TOKENS)
             for i_l in tl.static_range(sizes.DEPTH):
-                o_end = (i_b * sizes.L + sizes.GATES[i_l]) * (4 + 2 * sizes.BT)
-                to = (coefficient.end + o_end, i_s, i_b, more, whole)
-                advance(p_k, layers[i_l], to, count, moves, hidden, width, i_l, sizes, KEEP)
+                o_end = (block.slot * sizes.L + sizes.GATES[i_l]) * (4 + 2 * sizes.BT)
+                update = Update(coefficient.end + o_end, moves, more, whole)
+                advance(p_k, layers[i_l], block, update, hidden, width, i_l, sizes, KEEP)
             tl.debug_barrier()
 
 
@@ -76,39 +72,34 @@ def block_of_keys(
     layers,
     coefficient,
     p_norm,  # [2, D]
-    place,  # of the block: in the group, of the state that its keys read, of their products
-    count,
+    block,
     chunks,
     hidden,
     sizes,
     KEEP: tl.constexpr,
 ):
     """Inputs and errors of all the block's keys, chunk after chunk."""
-    first_products(p_k, layers[0], coefficient, place, count, hidden, sizes)
+    first_products(p_k, layers[0], coefficient, block, hidden, sizes, KEEP)
     tl.debug_barrier()
     for r in tl.range(0, chunks, num_stages=1, disable_licm=True):
-        chunk_of_keys(p_k, p_v, layers, coefficient, p_norm, place, count, r, hidden, sizes, KEEP)
+        chunk_of_keys(p_k, p_v, layers, coefficient, p_norm, block, r, hidden, sizes, KEEP)
         tl.debug_barrier()
 
 
 @triton.jit
-def first_products(p_k, layer, coefficient, place, count, hidden, sizes):
+def first_products(p_k, layer, coefficient, block, hidden, sizes, KEEP: tl.constexpr):
     """`a (k W) + c (k S)` does not depend on the order of chunks: one product for the block."""
-    i_b, i_w, i_z = place
     D: tl.constexpr = sizes.D
     BT: tl.constexpr = sizes.BT
     BH: tl.constexpr = sizes.BH
     OUT: tl.constexpr = sizes.HIDDEN
     OP: tl.constexpr = p_k.dtype.element_ty
     o_i, o_d, o_h = tl.arange(0, BT), tl.arange(0, sizes.BD), tl.arange(0, BH)
-    m_i, m_d = o_i < count, o_d < D
-    if sizes.SPAN == 1:
-        p_W, p_S = layer.W + i_w * D * OUT, layer.S + i_w * D * OUT
-    else:
-        p_W, p_S = layer.W_anchor + i_w * D * OUT, layer.S_anchor + i_w * D * OUT
-    p_z = layer.z + i_z * BT * OUT
+    m_i, m_d = o_i < block.count, o_d < D
+    p_W, p_S = state_of(layer, block, 0, sizes)
+    p_z = layer.z + (block.slot if KEEP else block.state) * BT * OUT
     o_row = start_row(o_i, sizes)
-    o_a = i_b * sizes.L * BT
+    o_a = block.slot * sizes.L * BT
     b_a = tl.load(coefficient.a + o_a + o_row, mask=o_row >= 0, other=1.0)  # [BT]
     b_c = tl.load(coefficient.c + o_a + o_row, mask=o_row >= 0, other=0.0)
     b_k = load_t(p_k, o_i, m_i, o_d, m_d, sizes.H * D)  # [BD, BT]
@@ -129,9 +120,8 @@ def chunk_of_keys(
     layers,
     coefficient,
     p_norm,
-    place,
-    count,
-    r,  # which chunk of the block
+    block,
+    r,  # which chunk of it
     hidden,
     sizes,
     KEEP: tl.constexpr,
@@ -142,22 +132,20 @@ def chunk_of_keys(
     LAST: tl.constexpr = sizes.DEPTH - 1
     ACC: tl.constexpr = coefficient.a.dtype.element_ty
     OP: tl.constexpr = p_k.dtype.element_ty
-    i_b, _, i_z = place
-    row = r * sizes.CHUNK - 1  # of the state that the chunk starts with; -1 is the block's start
-    o_i, o_t, o_d = tl.arange(0, BT), tl.arange(0, sizes.BC), tl.arange(0, sizes.BD)
-    o_c = r * sizes.CHUNK + o_t  # [BC], the chunk's rows of the block
-    m_c, m_p = (o_t < sizes.CHUNK) & (o_c < count), (o_i < r * sizes.CHUNK) & (o_i < count)
-    m_d, rows = o_d < D, (row, o_c, m_c, m_p)
+    chunk = chunk_at(block, r, sizes)
+    o_c, m_c, m_p = chunk.tokens, chunk.mask, chunk.earlier
+    o_i, o_d = tl.arange(0, BT), tl.arange(0, sizes.BD)
+    m_d = o_d < D
     b_k = load_t(p_k, o_c, m_c, o_d, m_d, sizes.H * D)  # [BD, BC]
     b_v = load_t(p_v, o_c, m_c, o_d, m_d, sizes.H * D)
     b_s = tl.zeros([BT, sizes.BC], OP)
     if sizes.EARLIER:
         b_p = load(p_k, o_i, m_p, o_d, m_d, sizes.H * D)  # [BT, BD]
-        b_g = history(coefficient, i_b, row, m_p, 0, sizes)
+        b_g = history(coefficient, block, chunk, 0, sizes)
         b_s = (b_g[:, None] * dot(b_p, b_k, None, sizes.PRECISION)).to(OP)
 
-    p_d = layers[LAST].d + i_b * BT * D
-    p_y = layers[LAST].z + i_z * BT * D
+    p_d = layers[LAST].d + block.slot * BT * D
+    p_y = layers[LAST].z + (block.slot if KEEP else block.state) * BT * D
     if LAST == 0:
         b_y = load_t(p_y, o_c, m_c, o_d, m_d, D)  # [BD, BC]
         if KEEP:  # stored below
@@ -165,8 +153,9 @@ def chunk_of_keys(
     else:
         b_y = tl.zeros([sizes.BD, sizes.BC], ACC)
         for i_l in tl.static_range(LAST):
+            layer, above = layers[i_l], layers[i_l + 1]
             b_s, b_y = hidden_layer(
-                layers[i_l], layers[i_l + 1], coefficient, b_s, b_y, place, rows, hidden, i_l, sizes
+                layer, above, coefficient, b_s, b_y, block, chunk, hidden, i_l, sizes, KEEP
             )
     if sizes.EARLIER:
         b_d = load_t(p_d, o_i, m_p, o_d, m_d, D).to(OP)  # [BD, BT]
@@ -184,7 +173,7 @@ def chunk_of_keys(
         for back in tl.static_range(LAST):
             below, layer = layers[LAST - back - 1], layers[LAST - back]
             b_s = hidden_errors(
-                below, layer, coefficient, b_s, b_e, place, rows, hidden, LAST - back, sizes, KEEP
+                below, layer, coefficient, b_s, b_e, block, chunk, hidden, LAST - back, sizes, KEEP
             )
 
 
@@ -195,18 +184,18 @@ def hidden_layer(
     coefficient,
     b_s,  # [BT, BC], earlier inputs by the chunk's, weighted
     b_y,  # [BD, BC]
-    place,
-    rows,  # of coefficients, of the chunk in the block, their mask, that of earlier ones
+    block,
+    chunk,
     hidden,
     i_l: tl.constexpr,
     sizes,
+    KEEP: tl.constexpr,
 ):
     """Products of a layer that is not the last, and what the next one makes of them.
 
     That is b_s of the next layer and, where it is the last, `a (x W) + c (x S)` in b_y.
     """
-    i_b, i_w, i_z = place
-    row, o_c, m_c, m_p = rows
+    o_c, m_c, m_p = chunk.tokens, chunk.mask, chunk.earlier
     D: tl.constexpr = sizes.D
     HIDDEN: tl.constexpr = sizes.HIDDEN
     BT: tl.constexpr = sizes.BT
@@ -214,13 +203,13 @@ def hidden_layer(
     OP: tl.constexpr = above.x.dtype.element_ty
     o_i, o_d, o_h = tl.arange(0, BT), tl.arange(0, sizes.BD), tl.arange(0, BH)
     m_d = o_d < D
-    p_z, p_d = layer.z + i_z * BT * HIDDEN, layer.d + i_b * BT * HIDDEN
-    p_x = above.x + i_b * BT * HIDDEN
+    p_z = layer.z + (block.slot if KEEP else block.state) * BT * HIDDEN
+    p_d, p_x = layer.d + block.slot * BT * HIDDEN, above.x + block.slot * BT * HIDDEN
     if i_l > 0:  # x and z of the layer below
         tl.debug_barrier()
-    p_W, p_S = state_of(above, i_w, i_l + 1, sizes)
-    a, c = weights_of(coefficient, i_b, row, i_l + 1, sizes)
-    b_g = history(coefficient, i_b, row, m_p, i_l + 1, sizes)
+    p_W, p_S = state_of(above, block, i_l + 1, sizes)
+    a, c = weights_of(coefficient, block, chunk, i_l + 1, sizes)
+    b_g = history(coefficient, block, chunk, i_l + 1, sizes)
     b_xx = tl.zeros([BT, sizes.BC], b_y.dtype)
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
         m_h = j + o_h < HIDDEN
@@ -229,7 +218,7 @@ def hidden_layer(
         if i_l == 0:
             b_z = load_t(p_z, o_c, m_c, j + o_h, m_h, HIDDEN)  # [BH, BC]
         else:
-            b_z = products(layer, coefficient, place, rows, j, hidden, i_l, sizes)
+            b_z = products(layer, coefficient, block, chunk, j, hidden, i_l, sizes)
         if sizes.EARLIER:
             b_z = dot(b_d, b_s, b_z, sizes.PRECISION)
         store_t(p_z, b_z, o_c, m_c, j + o_h, m_h, HIDDEN)
@@ -249,19 +238,18 @@ def hidden_layer(
 
 
 @triton.jit
-def products(layer, coefficient, place, rows, j, hidden, i_l: tl.constexpr, sizes):
+def products(layer, coefficient, block, chunk, j, hidden, i_l: tl.constexpr, sizes):
     """A slice of `a (x W) + c (x S)` between two hidden layers, [BH, BC]."""
-    i_b, i_w, _ = place
-    row, o_c, m_c, _ = rows
+    o_c, m_c = chunk.tokens, chunk.mask
     HIDDEN: tl.constexpr = sizes.HIDDEN
     BH: tl.constexpr = sizes.BH
     OP: tl.constexpr = layer.x.dtype.element_ty
     ACC: tl.constexpr = coefficient.a.dtype.element_ty
     o_h = tl.arange(0, BH)
     m_h = j + o_h < HIDDEN
-    p_W, p_S = state_of(layer, i_w, i_l, sizes)
-    p_x = layer.x + i_b * sizes.BT * HIDDEN
-    a, c = weights_of(coefficient, i_b, row, i_l, sizes)
+    p_W, p_S = state_of(layer, block, i_l, sizes)
+    p_x = layer.x + block.slot * sizes.BT * HIDDEN
+    a, c = weights_of(coefficient, block, chunk, i_l, sizes)
     b_z = tl.zeros([BH, sizes.BC], ACC)
     for i in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
         m_i = i + o_h < HIDDEN
@@ -275,9 +263,9 @@ def products(layer, coefficient, place, rows, j, hidden, i_l: tl.constexpr, size
 
 
 @triton.jit
-def state_of(layer, i_w, i_l: tl.constexpr, sizes):
+def state_of(layer, block, i_l: tl.constexpr, sizes):
     """The state that keys read: the block's, or that of the chunk it is a part of."""
-    o = i_w * sizes.WIDTHS[i_l] * sizes.WIDTHS[i_l + 1]
+    o = (block.slot if sizes.SPAN == 1 else block.state) * sizes.WIDTHS[i_l] * sizes.WIDTHS[i_l + 1]
     if sizes.SPAN == 1:
         return layer.W + o, layer.S + o
     else:
@@ -291,16 +279,15 @@ def hidden_errors(
     coefficient,
     b_s,  # [BT, BC], earlier errors of the layer by the chunk's
     b_e,  # [BD, BC], the last layer's errors
-    place,
-    rows,  # of coefficients, of the chunk in the block, their mask, that of earlier ones
+    block,
+    chunk,
     hidden,
     i_l: tl.constexpr,
     sizes,
     KEEP: tl.constexpr,
 ):
     """Errors of a layer's inputs, then of the products below it; returns b_s of those."""
-    i_b, i_w, i_z = place
-    row, o_c, m_c, m_p = rows
+    o_c, m_c, m_p = chunk.tokens, chunk.mask, chunk.earlier
     D: tl.constexpr = sizes.D
     HIDDEN: tl.constexpr = sizes.HIDDEN
     BT: tl.constexpr = sizes.BT
@@ -309,11 +296,12 @@ def hidden_errors(
     ACC: tl.constexpr = b_s.dtype
     o_i, o_d, o_h = tl.arange(0, BT), tl.arange(0, sizes.BD), tl.arange(0, BH)
     m_d = o_d < D
-    p_x, p_e = layer.x + i_b * BT * HIDDEN, layer.e + i_b * BT * HIDDEN
-    p_z, p_d = below.z + i_z * BT * HIDDEN, below.d + i_b * BT * HIDDEN
-    p_W, p_S = state_of(layer, i_w, i_l, sizes)
-    a, c = weights_of(coefficient, i_b, row, i_l, sizes)
-    b_g = history(coefficient, i_b, row, m_p, i_l, sizes)
+    p_x, p_e = layer.x + block.slot * BT * HIDDEN, layer.e + block.slot * BT * HIDDEN
+    p_z = below.z + (block.slot if KEEP else block.state) * BT * HIDDEN
+    p_d = below.d + block.slot * BT * HIDDEN
+    p_W, p_S = state_of(layer, block, i_l, sizes)
+    a, c = weights_of(coefficient, block, chunk, i_l, sizes)
+    b_g = history(coefficient, block, chunk, i_l, sizes)
     b_s = (b_g[:, None] * b_s).to(OP)
     if i_l + 1 == sizes.DEPTH:
         b_ae, b_ce = (a * b_e).to(OP), (c * b_e).to(OP)
@@ -331,7 +319,7 @@ def hidden_errors(
             b_h = tl.zeros([BH, sizes.BC], ACC)
             for i in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
                 m_i = i + o_h < HIDDEN
-                p_o = layer.d + i_b * BT * HIDDEN
+                p_o = layer.d + block.slot * BT * HIDDEN
                 b_d = load_t(p_o, o_c, m_c, i + o_h, m_i, HIDDEN)  # [BH, BC]
                 b_w = load(p_W, j + o_h, m_h, i + o_h, m_i, HIDDEN).to(OP)  # [BH, BH]
                 b_h = dot(b_w, (a * b_d).to(OP), b_h, sizes.PRECISION)
@@ -356,9 +344,8 @@ def hidden_errors(
 def advance(
     p_k,
     layer,
-    to,  # coefficients of the state handed on; the sequence, the block; whether there is a next
-    count,  # block in the group, and whether this one makes its chunk whole
-    moves,  # bool: there is anything to do
+    block,
+    update,
     hidden,
     width,
     i_l: tl.constexpr,
@@ -372,11 +359,10 @@ def advance(
     BH: tl.constexpr = sizes.BH
     BU: tl.constexpr = sizes.BD if sizes.BD < 128 else 128
     SIDE: tl.constexpr = IN if i_l == 0 else OUT  # the one that BU divides
-    i_b = to[2]
     o_i, o_u, o_h = tl.arange(0, BT), tl.arange(0, BU), tl.arange(0, BH)
-    m_i = o_i < count
-    p_x, p_d = layer.x + i_b * BT * IN, layer.d + i_b * BT * OUT
-    until = (width if SIDE == sizes.D else hidden) if moves else 0
+    m_i = o_i < block.count
+    p_x, p_d = layer.x + block.slot * BT * IN, layer.d + block.slot * BT * OUT
+    until = (width if SIDE == sizes.D else hidden) if update.moves else 0
     for i in tl.range(0, until, BU, num_stages=1, disable_licm=True):
         m_u = i + o_u < SIDE
         if i_l == 0:
@@ -387,13 +373,13 @@ def advance(
                 b_d = load(p_d, o_i, m_i, j + o_h, m_h, OUT)  # [BT, BH]
                 o = (i + o_u)[:, None] * OUT + (j + o_h)[None, :]
                 m = m_u[:, None] & m_h[None, :]
-                advance_tile(b_x, b_d, layer, to, o, m, i_l, sizes, KEEP)
+                advance_tile(b_x, b_d, layer, block, update, o, m, i_l, sizes, KEEP)
             else:
                 b_h = load_t(p_x, o_i, m_i, j + o_h, m_h, IN)  # [BH, BT]
                 b_d = load(p_d, o_i, m_i, i + o_u, m_u, OUT)  # [BT, BU]
                 o = (j + o_h)[:, None] * OUT + (i + o_u)[None, :]
                 m = m_h[:, None] & m_u[None, :]
-                advance_tile(b_h, b_d, layer, to, o, m, i_l, sizes, KEEP)
+                advance_tile(b_h, b_d, layer, block, update, o, m, i_l, sizes, KEEP)
 
 
 @triton.jit
@@ -401,7 +387,8 @@ def advance_tile(
     b_x,  # [rows, BT], inputs, transposed
     b_d,  # [BT, columns], errors, not yet rounded
     layer,
-    to,
+    block,
+    update,
     o,  # [rows, columns], offsets in a matrix
     m,
     i_l: tl.constexpr,
@@ -411,8 +398,8 @@ def advance_tile(
     W: tl.constexpr = sizes.WIDTHS[i_l] * sizes.WIDTHS[i_l + 1]
     BT: tl.constexpr = sizes.BT
     OP: tl.constexpr = b_x.dtype
-    p_end, i_s, i_b, more, whole = to
-    i_x = i_b + sizes.H if more else i_b  # where the next block's readers find it
+    i_s, i_b, p_end = block.state, block.slot, update.end
+    i_x = i_b + sizes.H if update.more else i_b  # where the next block's readers find it
     o_old, o_new = (i_b * W, i_x * W) if KEEP else (i_s * W, i_s * W)
     o_t = tl.arange(0, BT)
     a, c, p = tl.load(p_end), tl.load(p_end + 1), tl.load(p_end + 2)
@@ -426,9 +413,9 @@ def advance_tile(
     b_S = dot(b_x, (-b_P[:, None] * b_d).to(OP), b_S, sizes.PRECISION)
     tl.store(layer.W_exact + o_new + o, b_W, mask=m)
     tl.store(layer.S_exact + i_s * W + o, b_S, mask=m)
-    if more:
+    if update.more:
         tl.store(layer.W + i_x * W + o, b_W.to(OP), mask=m)
         tl.store(layer.S + i_x * W + o, b_S.to(OP), mask=m)
-    if whole:
+    if update.whole:
         tl.store(layer.W_anchor + i_s * W + o, b_W, mask=m)
         tl.store(layer.S_anchor + i_s * W + o, b_S, mask=m)

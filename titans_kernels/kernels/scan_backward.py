@@ -17,8 +17,9 @@ and what it holds then fills registers all along.
 import triton
 import triton.language as tl
 
-from .blocks import block_of, query_of, slot_of, start_block, start_row
+from .blocks import block_at, block_of, query_of, start_row
 from .chunk_backward import chunk_backward
+from .records import BlockTokens, Ends, Readers
 from .state_backward import advance_backward, hand_back
 
 
@@ -45,27 +46,25 @@ def scan_backward_kernel(
     BT: tl.constexpr = sizes.BT
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
     i_n, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i_s, o_i = i_n * H + i_h, tl.arange(0, BT)
+    o_i = tl.arange(0, BT)
     p_norm += i_h * 2 * D
-    ends = (hidden, width)
+    ends = Ends(hidden, width)
 
     for back in tl.range(0, blocks, num_stages=1, disable_licm=True):
         i_block = blocks - 1 - back
         first, count, _ = block_of(token, i_n, group + i_block, sizes)
         if count > 0:
-            i_b = slot_of(i_n, i_block, blocks, i_h, sizes)
-            m_i = o_i < count
-            place = (i_s, i_b, m_i)
+            block = block_at(i_n, i_h, i_block, blocks, group, first, count, sizes)
             o_k = (first * H + i_h) * D
             p_k = token.k + o_k
-            p_end = grad.coefficient.end + i_b * L * (4 + 2 * BT)
+            p_end = grad.coefficient.end + block.slot * L * (4 + 2 * BT)
 
             # Gates that layers share have one gradient.
             b_dG = tl.zeros([BT], ACC)
             b_dP = tl.zeros([BT], ACC)
             for i_l in tl.static_range(sizes.DEPTH):
                 b_dG_l, b_dP_l = advance_backward(
-                    p_k, layers[i_l], coefficient, grad.layers[i_l], place, ends, i_l, sizes
+                    p_k, layers[i_l], coefficient, grad.layers[i_l], block, ends, i_l, sizes
                 )
                 b_dG, b_dP = b_dG_l + b_dG, b_dP_l + b_dP
                 if L > 1 or i_l + 1 == sizes.DEPTH:
@@ -76,29 +75,36 @@ def scan_backward_kernel(
                     b_dP = tl.zeros([BT], ACC)
             tl.debug_barrier()
 
-            start = start_block(i_n, i_block, i_h, group, blocks, sizes)
-            chunk_place = (i_s, i_b, start, count, m_i)
-            tokens = (p_k, token.v + o_k, grad.token.v + o_k)
+            tokens = BlockTokens(p_k, token.v + o_k, grad.token.v + o_k)
             chunks = tl.cdiv(count, sizes.CHUNK)  # with a token
             for rear in tl.range(0, chunks, num_stages=1, disable_licm=True):
                 r = chunks - 1 - rear
-                chunk_backward(
-                    tokens, layers, coefficient, grad, p_norm, chunk_place, r, ends, sizes
-                )
+                chunk_backward(tokens, layers, coefficient, grad, p_norm, block, r, ends, sizes)
                 tl.debug_barrier()
 
             # What all that read the state in this block give it.
             i_q, tail = query_of(token, i_n, first)
-            m_q, o_row = m_i & (o_i >= tail), start_row(o_i, sizes)
-            p_q = query.q + (i_q * H + i_h) * D
-            begins = (group + i_block) % sizes.SPAN == 0
+            readers = Readers(
+                q=query.q + (i_q * H + i_h) * D,
+                k=p_k,
+                mask=(o_i < count) & (o_i >= tail),
+                row=start_row(o_i, sizes),
+                begins=(group + i_block) % sizes.SPAN == 0,
+            )
             da = tl.full([], 0.0, ACC)
             dc = tl.full([], 0.0, ACC)
             dp = tl.full([], 0.0, ACC)
             for i_l in tl.static_range(sizes.DEPTH):
-                readers = (p_q, p_k, query_layers[i_l], m_q, o_row, begins)
                 da_l, dc_l, dp_l = hand_back(
-                    readers, layers[i_l], coefficient, grad.layers[i_l], place, ends, i_l, sizes
+                    readers,
+                    layers[i_l],
+                    query_layers[i_l],
+                    coefficient,
+                    grad.layers[i_l],
+                    block,
+                    ends,
+                    i_l,
+                    sizes,
                 )
                 da, dc, dp = da_l + da, dc_l + dc, dp_l + dp
                 if L > 1 or i_l + 1 == sizes.DEPTH:

@@ -10,8 +10,9 @@ Grid: (sequences, heads).
 import triton
 import triton.language as tl
 
-from .blocks import block_of, start_block
+from .blocks import block_at, block_of
 from .coefficients import rows_of_gates
+from .records import Update
 from .retrieve import read_block
 from .scan import advance, block_of_keys
 
@@ -33,35 +34,22 @@ def short_kernel(
 ):
     H: tl.constexpr = sizes.H
     i_n, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i_s = i_n * H + i_h
     first, count, learned = block_of(token, i_n, tl.full([], 0, tl.int64), sizes)
     if count > 0:
+        block = block_at(i_n, i_h, 0, 1, 0, first, count, sizes)
         o_k = (first * H + i_h) * sizes.D
         p_k, p_v = token.k + o_k, token.v + o_k
         for i_l in tl.static_range(sizes.L):
-            at = (first * H + i_h, i_s)
-            rows_of_gates(token, coefficient, at, count, learned, rows, i_l, sizes, False)
+            rows_of_gates(token, coefficient, block, learned, rows, i_l, sizes, False)
         tl.debug_barrier()
-        place = (i_s, i_s, i_s)
-        block_of_keys(
-            p_k,
-            p_v,
-            layers,
-            coefficient,
-            p_norm + i_h * 2 * sizes.D,
-            place,
-            count,
-            chunks,
-            hidden,
-            sizes,
-            False,
+        p_n = p_norm + i_h * 2 * sizes.D
+        block_of_keys(p_k, p_v, layers, coefficient, p_n, block, chunks, hidden, sizes, False)
+        read_block(
+            token, query, coefficient, layers, query_layers, p_norm, block, 0, hidden, sizes, False
         )
-        block = (i_n, i_h, i_s, start_block(i_n, 0, i_h, 0, 1, sizes), first, count)
-        memory = (coefficient, layers, query_layers, p_norm)
-        read_block(token, query, memory, block, 0, hidden, sizes, False)
         tl.debug_barrier()
         moves = (learned > 0) & (final > 0)
         for i_l in tl.static_range(sizes.DEPTH):
-            o_end = (i_s * sizes.L + sizes.GATES[i_l]) * (4 + 2 * sizes.BT)
-            to = (coefficient.end + o_end, i_s, i_s, False, False)
-            advance(p_k, layers[i_l], to, count, moves, hidden, width, i_l, sizes, False)
+            o_end = (block.slot * sizes.L + sizes.GATES[i_l]) * (4 + 2 * sizes.BT)
+            update = Update(coefficient.end + o_end, moves, False, False)
+            advance(p_k, layers[i_l], block, update, hidden, width, i_l, sizes, False)

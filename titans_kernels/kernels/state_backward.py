@@ -11,7 +11,7 @@ from .operands import dot, load, load_t, store
 
 
 @triton.jit
-def advance_backward(p_k, layer, coefficient, grad, place, ends, i_l: tl.constexpr, sizes):
+def advance_backward(p_k, layer, coefficient, grad, block, ends, i_l: tl.constexpr, sizes):
     """What the state handed on gives a layer's inputs and errors; returns that of G and P, [BT].
 
     One of the two, `full`, goes with the outer loop, the other, `side`, with the inner one: inputs
@@ -28,9 +28,9 @@ def advance_backward(p_k, layer, coefficient, grad, place, ends, i_l: tl.constex
     OP: tl.constexpr = p_k.dtype.element_ty
     ACC: tl.constexpr = grad.W.dtype.element_ty
     PRECISION: tl.constexpr = sizes.PRECISION
-    i_s, i_b, m_t = place
-    hidden, width = ends
+    i_s, i_b = block.state, block.slot
     o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, BR), tl.arange(0, BN)
+    m_t, end = o_t < block.count, ends.width if FULL == sizes.D else ends.hidden
     p_dW, p_dS = grad.W + i_s * IN * OUT, grad.S + i_s * IN * OUT
     if i_l == 0:
         p_full, p_side = p_k, layer.d + i_b * BT * SIDE
@@ -43,11 +43,11 @@ def advance_backward(p_k, layer, coefficient, grad, place, ends, i_l: tl.constex
     b_P = -tl.load(p_end + 4 + BT + o_t)
     b_dG = tl.zeros([BT], ACC)
     b_dP = tl.zeros([BT], ACC)
-    for i in tl.range(0, width if FULL == sizes.D else hidden, BR, num_stages=1, disable_licm=True):
+    for i in tl.range(0, end, BR, num_stages=1, disable_licm=True):
         m_d = i + o_d < FULL
         b_full = load(p_full, o_t, m_t, i + o_d, m_d, STRIDE).to(OP)  # [BT, BR]
         b_dfull = tl.zeros([BT, BR], ACC)
-        for j in tl.range(0, hidden, BN, num_stages=1, disable_licm=True):
+        for j in tl.range(0, ends.hidden, BN, num_stages=1, disable_licm=True):
             m_h = j + o_h < SIDE
             b_side = load(p_side, o_t, m_t, j + o_h, m_h, SIDE).to(ACC)  # [BT, BN]
             b_dw = of_state(p_dW, i + o_d, m_d, j + o_h, m_h, OUT, i_l == 0).to(OP)  # [BR, BN]
@@ -79,7 +79,17 @@ def of_state(p, o_r, m_r, o_c, m_c, STRIDE: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def hand_back(tokens, layer, coefficient, grad, place, ends, i_l: tl.constexpr, sizes):
+def hand_back(
+    readers,
+    layer,
+    query_layer,
+    coefficient,
+    grad,
+    block,
+    ends,
+    i_l: tl.constexpr,
+    sizes,
+):
     """A layer's state gradient, from the block's end to its start; returns da, dc, dp of the end.
 
     Queries read the state, and keys; of any layer but the first, errors too.
@@ -91,10 +101,9 @@ def hand_back(tokens, layer, coefficient, grad, place, ends, i_l: tl.constexpr, 
     BN: tl.constexpr = sizes.BH if sizes.BH < 32 else 32
     STRIDE: tl.constexpr = sizes.H * IN if i_l == 0 else IN
     ACC: tl.constexpr = grad.W.dtype.element_ty
-    p_q, p_k, query_layer, m_q, o_row, begins = tokens
-    i_s, i_b, m_t = place
-    hidden, width = ends
+    i_s, i_b, o_row, m_q = block.state, block.slot, readers.row, readers.mask
     o_t, i_g = tl.arange(0, BT), i_b * sizes.L + sizes.GATES[i_l]
+    m_t = o_t < block.count
     p_a, p_c = coefficient.a + i_g * BT, coefficient.c + i_g * BT
     p_end = coefficient.end + i_g * (4 + 2 * BT)
     a, c, p = tl.load(p_end), tl.load(p_end + 1), tl.load(p_end + 2)
@@ -104,18 +113,18 @@ def hand_back(tokens, layer, coefficient, grad, place, ends, i_l: tl.constexpr, 
     b_ck = tl.load(p_c + o_row, mask=o_row >= 0, other=0.0)
     o_in, o_out = i_b * BT * IN, i_b * BT * OUT
     if i_l == 0:
-        query, key = (p_q, query_layer.z + o_out), (p_k, grad.d + o_out)
+        query, key = (readers.q, query_layer.z + o_out), (readers.k, grad.d + o_out)
     else:
         query, key = (query_layer.h + o_in, query_layer.z + o_out), (layer.x + o_in, grad.d + o_out)
         m_q = m_t
     b_da = tl.zeros([BN], ACC)
     b_dc = tl.zeros([BN], ACC)
     b_dp = tl.zeros([BN], ACC)
-    for i in tl.range(0, width if IN == sizes.D else hidden, BR, num_stages=1, disable_licm=True):
+    end_in = ends.width if IN == sizes.D else ends.hidden
+    end_out = ends.width if OUT == sizes.D else ends.hidden
+    for i in tl.range(0, end_in, BR, num_stages=1, disable_licm=True):
         o_r = i + tl.arange(0, BR)
-        for j in tl.range(
-            0, width if OUT == sizes.D else hidden, BN, num_stages=1, disable_licm=True
-        ):
+        for j in tl.range(0, end_out, BN, num_stages=1, disable_licm=True):
             o_n = j + tl.arange(0, BN)
             o = o_r[:, None] * OUT + o_n[None, :]
             m = (o_r < IN)[:, None] & (o_n < OUT)[None, :]
@@ -150,7 +159,7 @@ def hand_back(tokens, layer, coefficient, grad, place, ends, i_l: tl.constexpr, 
                     error, m_t, b_ak, b_ck, b_wk, b_sk, o_r, o_n, i_l, sizes, STRIDE, sizes.EARLIER
                 )
             if sizes.SPAN > 1:
-                if begins:  # the block's state and the chunk's are one
+                if readers.begins:  # the block's state and the chunk's are one
                     b_dw += b_wk
                     b_ds += b_sk
                     b_wk = tl.zeros_like(b_wk)
