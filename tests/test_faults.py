@@ -18,7 +18,8 @@ from test_kernels_backward import check
 from triton.runtime import interpreter as stock
 
 from titans_kernels.kernels import operator
-from titans_kernels.kernels.chunk_backward import chunk_backward, output_backward
+from titans_kernels.kernels.blocks import chunk_at
+from titans_kernels.kernels.chunk_backward import output_backward
 from titans_kernels.kernels.coefficients_backward import coefficients_backward_kernel
 from titans_kernels.kernels.inputs_backward import inputs_backward_kernel
 from titans_kernels.kernels.network import error_backward
@@ -94,7 +95,7 @@ FAULTS = {
         "^dtheta: ",
     ),
     "dv of the wrong sign": (
-        Source(output_backward, "store_t(p_dv, -b_df,", "store_t(p_dv, b_df,"),
+        Source(output_backward, "store_t(tokens.dv, -b_df,", "store_t(tokens.dv, b_df,"),
         WHOLE,
         "^dv: ",
     ),
@@ -120,7 +121,7 @@ FAULTS = {
         r"\[uninitialised\]|^dk: ",
     ),
     "later chunks begin a token late": (
-        Source(chunk_backward, "(o_i >= (r + 1) * sizes.CHUNK)", "(o_i > (r + 1) * sizes.CHUNK)"),
+        Source(chunk_at, "(o_i >= (r + 1) * sizes.CHUNK)", "(o_i > (r + 1) * sizes.CHUNK)"),
         WHOLE,
         "^dk: ",
     ),

@@ -1,4 +1,4 @@
-"""What travels together: the records that launchers build once and kernels take as they are.
+"""What travels together: records that launchers build once and kernels take as they are.
 
 A tensor field is a pointer inside a kernel. Shapes are those of a group of blocks: slot
 `n * blocks + i` is block i of sequence n. BT is a block's tile of tokens, d_in and d_out are a
@@ -105,6 +105,61 @@ class Grad(NamedTuple):
     norm_keys: Tensor  # [N, H, 2, D], in and out, of keys
 
 
+class BlockSizes(NamedTuple):
+    """What the passes over gates are compiled for."""
+
+    H: tl.constexpr
+    L: tl.constexpr  # gates to a head: 1, or one for each layer
+    CHUNK: tl.constexpr
+    TOKENS: tl.constexpr  # of a block
+    SPAN: tl.constexpr  # blocks to a chunk, 1 where a block holds whole chunks
+    BT: tl.constexpr
+
+
+class Sizes(NamedTuple):
+    """What every other pass is compiled for. The first six are those of `BlockSizes`."""
+
+    H: tl.constexpr
+    L: tl.constexpr
+    CHUNK: tl.constexpr
+    TOKENS: tl.constexpr
+    SPAN: tl.constexpr
+    BT: tl.constexpr
+    BC: tl.constexpr  # tile of a chunk's tokens
+    BQ: tl.constexpr  # of queries
+    D: tl.constexpr
+    HIDDEN: tl.constexpr
+    BD: tl.constexpr  # tile that holds D
+    BR: tl.constexpr  # of D at a time, backwards
+    BH: tl.constexpr  # of the hidden width at a time
+    DEPTH: tl.constexpr
+    ACTIVATION: tl.constexpr
+    HAS_NORM: tl.constexpr
+    RESIDUAL: tl.constexpr
+    READ: tl.constexpr  # "token": queries read the state right after their token; "chunk": as keys
+    EARLIER: tl.constexpr  # a block holds chunks before another; else its state is the chunk's
+    HISTORY: tl.constexpr  # queries read tokens of their own block; else W alone
+    PRECISION: tl.constexpr  # of products of float32
+    WIDTHS: tuple[tl.constexpr, ...]  # of layers: into the first, out of each
+    GATES: tuple[tl.constexpr, ...]  # of layers: theirs among L
+
+
+class StepSizes(NamedTuple):
+    """What the kernels around a decoded token are compiled for."""
+
+    H: tl.constexpr
+    L: tl.constexpr
+    CHUNK: tl.constexpr
+    D: tl.constexpr
+    BD: tl.constexpr
+    TAPS: tl.constexpr  # of the convolutions, 0 without
+    BJ: tl.constexpr  # tile that holds a convolution's last inputs
+    NORMS: tl.constexpr  # 2, weight and bias, or 0
+
+
+# ------------------------------------- what functions of a kernel hand each other: values of a program
+
+
 class Block(NamedTuple):
     """One block of a sequence and head, as `block_at` finds it inside a kernel."""
 
@@ -184,56 +239,7 @@ class Readers(NamedTuple):
     begins: Any  # whether the block is its chunk's first
 
 
-class BlockSizes(NamedTuple):
-    """What the passes over gates are compiled for."""
-
-    H: tl.constexpr
-    L: tl.constexpr  # gates to a head: 1, or one for each layer
-    CHUNK: tl.constexpr
-    TOKENS: tl.constexpr  # of a block
-    SPAN: tl.constexpr  # blocks to a chunk, 1 where a block holds whole chunks
-    BT: tl.constexpr
-
-
-class Sizes(NamedTuple):
-    """What every other pass is compiled for. The first six are those of `BlockSizes`."""
-
-    H: tl.constexpr
-    L: tl.constexpr
-    CHUNK: tl.constexpr
-    TOKENS: tl.constexpr
-    SPAN: tl.constexpr
-    BT: tl.constexpr
-    BC: tl.constexpr  # tile of a chunk's tokens
-    BQ: tl.constexpr  # of queries
-    D: tl.constexpr
-    HIDDEN: tl.constexpr
-    BD: tl.constexpr  # tile that holds D
-    BR: tl.constexpr  # of D at a time, backwards
-    BH: tl.constexpr  # of the hidden width at a time
-    DEPTH: tl.constexpr
-    ACTIVATION: tl.constexpr
-    HAS_NORM: tl.constexpr
-    RESIDUAL: tl.constexpr
-    READ: tl.constexpr  # "token": queries read the state right after their token; "chunk": as keys
-    EARLIER: tl.constexpr  # a block holds chunks before another; else its state is the chunk's
-    HISTORY: tl.constexpr  # queries read tokens of their own block; else W alone
-    PRECISION: tl.constexpr  # of products of float32
-    WIDTHS: tuple[tl.constexpr, ...]  # of layers: into the first, out of each
-    GATES: tuple[tl.constexpr, ...]  # of layers: theirs among L
-
-
-class StepSizes(NamedTuple):
-    """What the kernels around a decoded token are compiled for."""
-
-    H: tl.constexpr
-    L: tl.constexpr
-    CHUNK: tl.constexpr
-    D: tl.constexpr
-    BD: tl.constexpr
-    TAPS: tl.constexpr  # of the convolutions, 0 without
-    BJ: tl.constexpr  # tile that holds a convolution's last inputs
-    NORMS: tl.constexpr  # 2, weight and bias, or 0
+# ---------------------------------------------------------------------------------- for launchers
 
 
 def fixed(**values: object) -> dict[str, Any]:

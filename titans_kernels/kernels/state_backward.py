@@ -131,7 +131,9 @@ def hand_back(
             o_s = i_s * IN * OUT + o
             b_dw = tl.load(grad.W + o_s, mask=m, other=0.0)
             b_ds = tl.load(grad.S + o_s, mask=m, other=0.0)
-            b_s = tl.load(layer.S + i_b * IN * OUT + o, mask=m, other=0.0).to(ACC)
+            # Four to a thread, as of W: eight, as fit in an access, would be moved to W's layout.
+            o_S = tl.max_contiguous(i_b * IN * OUT + o, [1, 4])
+            b_s = tl.load(layer.S + o_S, mask=m, other=0.0).to(ACC)
             b_w = tl.load(layer.W_exact + i_b * IN * OUT + o, mask=m, other=0.0)
             b_da += tl.sum(b_w * b_dw, 0)
             b_dc += tl.sum(b_s * b_dw, 0)
