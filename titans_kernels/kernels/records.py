@@ -157,7 +157,7 @@ class StepSizes(NamedTuple):
     NORMS: tl.constexpr  # 2, weight and bias, or 0
 
 
-# ------------------------------------- what functions of a kernel hand each other: values of a program
+# ---------------------------- what functions of a kernel hand each other: values of a program
 
 
 class Block(NamedTuple):
