@@ -54,3 +54,20 @@ COUNTED = {
         Case("D 64, counted", T=1024, H=1, D=64, hidden=256),
     )
 }
+# The rows of docs/machine.md, by architecture and dtype: with the Triton that torch brings, and
+# with another one.
+ROWS = {
+    "sm_80": {
+        "bfloat16": tuple(CASES),
+        "float16": ("two layers", "packed", "D 64", "D 64, packed"),
+        "float32": ("D 64",),
+    },
+    "sm_90": {
+        "bfloat16": tuple(case.name for case in SHIPPED),
+        "float16": ("D 64",),
+    },
+}
+SECOND = {
+    "sm_80": {"bfloat16": ("two layers", "decode", "D 64", "D 64, chunk 64", "D 64, packed")},
+    "sm_90": {"bfloat16": ("D 64", "D 64, packed", "D 128")},
+}

@@ -35,7 +35,7 @@ the launch wrote, or a barrier that not every warp reaches.
 - **kernels**: the commit of `titans_kernels/kernels` that was executed.
 
 Only the rows below were run. Not executed: ptxas and its machine code, timing, races between lanes
-of one warp, sm_100, AMD. `make machine` runs all cases and writes this page.
+of one warp, sm_100, AMD. `make machine` runs all of it and writes this page.
 
 """
 HEAD = (
