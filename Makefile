@@ -18,13 +18,14 @@ PY    := $(VENV)/bin/python
 READY := $(VENV)/.ready
 OTHER := $(VENV)/triton-$(SECOND)
 OWN   := $(VENV)/transformers-tests
+OLDER := $(VENV)/older
 OLD   := $(VENV)-oldest
 
 # One thread a worker: the suite runs two workers, and its tensors are too small to split.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all oldest check format verify mutants fuzz static machine bench docs clean
+.PHONY: help demo test test-all older oldest check format verify mutants fuzz static machine bench docs clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,20 +57,30 @@ $(OWN): $(READY)
 	mv $@.part $@
 	touch $@
 
+# The lower bounds that setup.py gives: torch 2.9 brings Triton 3.5.
+oldest_of = $(1)==$(shell sed -nE 's/.*"$(1)>=([0-9.]+)".*/\1/p' setup.py).*
+$(OLDER): | $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check --target $@.part \
+		"triton==3.5.*" "$(call oldest_of,transformers)"
+	mv $@.part $@
+
 demo: $(READY) ## Train a small byte-level model and watch its memory learn while it reads
 	$(PY) -m titans_kernels.demo
 
-test: check $(OTHER) $(OWN) ## Lint, type-check and run every test that this machine can run
+test: check $(OTHER) $(OWN) $(OLDER) ## Lint, type-check and run every test that this machine can run
 	SECOND_TRITON=$(abspath $(OTHER)) TRANSFORMERS_TESTS=$(abspath $(OWN)) $(ONE_THREAD) \
 		$(PY) -m pytest -n 2 --dist worksteal --durations 10 $(PYTEST)
+	$(if $(PYTEST),,$(MAKE) older)
+
+older: $(OLDER) ## The core of the tests with the oldest Triton and transformers, the torch at hand
+	PYTHONPATH=$(abspath $(OLDER)) $(ONE_THREAD) $(PY) -m pytest -q -n 2 --dist worksteal \
+		$(patsubst %,tests/test_%.py,kernels models cache replace loss sessions)
 
 test-all: $(READY) ## The longer runs and wider sweeps that `make test` leaves out
 	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist worksteal -m wide $(PYTEST)
 
-# The lower bounds that setup.py gives. Such a torch brings a Triton older than the kernels take.
-oldest_of = $(1)==$(shell sed -nE 's/.*"$(1)>=([0-9.]+)".*/\1/p' setup.py).*
 CORE := reference memory ops streaming states nonfinite layer layer_module blocks models cache replace loss sessions
-oldest: ## The core of the tests with the oldest torch and transformers that setup.py admits
+oldest: ## The same with the oldest torch too (gigabytes), without kernels, and more of the core
 	test -x $(OLD)/bin/python || $(PYTHON) -m venv $(OLD)
 	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check \
 		"$(call oldest_of,torch)" "$(call oldest_of,transformers)" \

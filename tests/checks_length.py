@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from distributed_cases import (
     LAYERS,
+    SOME,
     close,
     layer,
     mesh,
@@ -73,13 +74,13 @@ def check_packed_sequences_cut_by_borders(rank, folder):
 
 
 def check_sequences_whose_states_stay(rank, folder):
-    """With state="none" and borders in a sequence, and between two or empty ones."""
+    """With state="none" and borders in a sequence, between two, and between empty ones."""
     at = sum(SIZES[dist.get_world_size()][:1])
     for name in ("memory", "lmm", "mac", "mag", "tnt"):
         one = layer(name)
         many = _sharded(one, state="none", pieces=2)
         x = tokens(1, 16, 8).requires_grad_()
-        for packed in (PACKED, torch.tensor([0, 3, at, at, 16])):
+        for packed in (PACKED, torch.tensor([0, 3, at, at, 16]), torch.tensor([0, 16])):
             x.grad, y = None, _own(x, rank).detach().clone().requires_grad_()
             one.zero_grad()
             many.zero_grad()
@@ -262,7 +263,7 @@ def check_mixed_precision(rank, folder):
     """FSDP2 gives a call bfloat16 parameters: it rounds as one process in bfloat16 does."""
     ranks = mesh(1, 2, 2, names=("data", "length", "heads"))
     at, short = ranks["length"].get_local_rank(), torch.bfloat16
-    for name in ("mag", "tnt"):  # both kinds of memory, and a window
+    for name in SOME:
         exact, one, many = layer(name), layer(name).to(short), layer(name).float()
         parallelize_module(many, ranks["heads"], ShardHeads())
         parallelize_module(many, ranks["length"], ShardLength(state="all"))

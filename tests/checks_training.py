@@ -4,7 +4,6 @@ import csv
 from pathlib import Path
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
 from distributed_cases import raises
@@ -59,17 +58,20 @@ def _rows(config, log):
 def _same_run(got, want):
     """float32, over 20 steps in which the loss falls.
 
-    Adam divides what is next to nothing by its own size: gradients drift apart before losses do.
+    A loss is the same within 1e-5 bits. The gradient's norm is within 1e-5 of itself in the root
+    mean square over the steps, and within 1e-4 in each: of some batches it is that sensitive.
     """
-    for log, bounds in (
-        ("train.csv", {"bits": 1e-5, "gradient": 1e-4}),
-        ("evaluation.csv", {"bits": 1e-5}),
-    ):
+    for log in ("train.csv", "evaluation.csv"):
         for one, other in zip(_rows(got, log), _rows(want, log), strict=True):
             assert one["step"] == other["step"]
-            for name, bound in bounds.items():
-                assert float(one[name]) == pytest.approx(float(other[name]), rel=bound), one
-    losses = [float(row["bits"]) for row in _rows(want, "train.csv")]
+            assert abs(float(one["bits"]) - float(other["bits"])) <= 1e-5, one
+    losses, norms = (
+        torch.tensor([float(row[name]) for row in _rows(want, "train.csv")], dtype=torch.float64)
+        for name in ("bits", "gradient")
+    )
+    found = torch.tensor([float(row["gradient"]) for row in _rows(got, "train.csv")])
+    apart = found / norms - 1
+    assert apart.abs().max() <= 1e-4 and apart.square().mean().sqrt() <= 1e-5, apart
     assert len(losses) == 20 and losses[-1] < losses[0] - 1
 
 

@@ -186,6 +186,15 @@ class _DeviceLoops(stock.ASTTransformer):
 # ----------------------------------------------------------------------------------------- launches
 
 
+class _Left:
+    """The scope of a patch in Triton 3.5, which takes nothing out again."""
+
+    set_attr = staticmethod(setattr)
+
+    def restore(self) -> None:
+        pass
+
+
 class _PatchOnce:
     """What Triton patches into `triton.language`, once a launch and module, and taken out again."""
 
@@ -195,7 +204,7 @@ class _PatchOnce:
 
     def __call__(self, fn: Any) -> _PatchOnce:
         if id(fn.__globals__) not in self._scopes:
-            scope = self._scopes[id(fn.__globals__)] = self._patch(fn)
+            scope = self._scopes[id(fn.__globals__)] = self._patch(fn) or _Left()
             # NumPy 2.4 makes no integer of an array with one entry, as Triton 3.6 asks for.
             scope.set_attr(tl.tensor, "__index__", _scalar)
         return self
