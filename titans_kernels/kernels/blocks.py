@@ -11,15 +11,15 @@ from .records import Block, Chunk
 
 
 @triton.jit
-def block_at(i_n, i_h, i_block, blocks, group, first, count, sizes):
-    """A block of the group that has tokens."""
+def block_at(i_n, i_h, i_s, i_block, blocks, group, first, count, sizes):
+    """A block of the group that has tokens; i_s, the sequence and head, is the same in all."""
     begun = i_block
     if sizes.SPAN > 1:
         begun = i_block - (group + i_block) % sizes.SPAN
     return Block(
         n=i_n,
         h=i_h,
-        state=i_n * sizes.H + i_h,
+        state=i_s,
         slot=slot_of(i_n, i_block, blocks, i_h, sizes),
         start=slot_of(i_n, begun, blocks, i_h, sizes),
         begun=begun,
@@ -92,10 +92,11 @@ def start_state(layer, block, i_l: tl.constexpr, sizes):
 @triton.jit
 def chunk_at(block, r, sizes):
     """The r-th chunk of a block."""
+    row = r * sizes.CHUNK - 1
     o_i, o_t = tl.arange(0, sizes.BT), tl.arange(0, sizes.BC)
     o_c = r * sizes.CHUNK + o_t
     return Chunk(
-        row=r * sizes.CHUNK - 1,
+        row=row,
         tokens=o_c,
         mask=(o_t < sizes.CHUNK) & (o_c < block.count),
         earlier=(o_i < r * sizes.CHUNK) & (o_i < block.count),

@@ -27,7 +27,8 @@ def coefficients_kernel(
     first, count, end = block_of(token, i_n, group + i_block, sizes)
     if count == 0:
         return
-    block = block_at(i_n, i_h, i_block, tl.num_programs(1), group, first, count, sizes)
+    i_s, blocks = i_n * sizes.H + i_h, tl.num_programs(1)
+    block = block_at(i_n, i_h, i_s, i_block, blocks, group, first, count, sizes)
     rows_of_gates(token, coefficient, block, end, sizes.BT, i_l, sizes, KEEP)
 
 

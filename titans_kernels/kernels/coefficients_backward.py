@@ -36,7 +36,8 @@ def coefficients_backward_kernel(
     first, count, end = block_of(token, i_n, group + i_block, sizes)
     if count == 0:
         return
-    block = block_at(i_n, i_h, i_block, tl.num_programs(1), group, first, count, sizes)
+    i_s, blocks = i_n * sizes.H + i_h, tl.num_programs(1)
+    block = block_at(i_n, i_h, i_s, i_block, blocks, group, first, count, sizes)
     o_t = tl.arange(0, BT)
     o_gate = (first * H + i_h) * L + i_l
     i_g = block.slot * L + i_l

@@ -53,7 +53,8 @@ def inputs_backward_kernel(
     first, count, _ = block_of(token, i_n, group + i_block, sizes)
     if count == 0:
         return
-    block = block_at(i_n, i_h, i_block, tl.num_programs(1), group, first, count, sizes)
+    i_s, blocks = i_n * sizes.H + i_h, tl.num_programs(1)
+    block = block_at(i_n, i_h, i_s, i_block, blocks, group, first, count, sizes)
     o_t, o_h = tl.arange(0, BT), tl.arange(0, BH)
     i_b, m_t = block.slot, o_t < count
     i_a = i_b * sizes.L * BT

@@ -37,7 +37,8 @@ def retrieve_kernel(
     first, count, _ = block_of(token, i_n, group + i_block, sizes)
     if count <= skipped:
         return
-    block = block_at(i_n, i_h, i_block, tl.num_programs(1), group, first, count, sizes)
+    i_s, blocks = i_n * sizes.H + i_h, tl.num_programs(1)
+    block = block_at(i_n, i_h, i_s, i_block, blocks, group, first, count, sizes)
     read_block(
         token, query, coefficient, layers, query_layers, p_norm, block, skipped, hidden, sizes, KEEP
     )

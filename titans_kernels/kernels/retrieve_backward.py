@@ -43,7 +43,8 @@ def retrieve_backward_kernel(
     ACC: tl.constexpr = coefficient.G.dtype.element_ty
     i_n, i_block, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     first, count, _ = block_of(token, i_n, group + i_block, sizes)
-    block = block_at(i_n, i_h, i_block, tl.num_programs(1), group, first, count, sizes)
+    i_s, blocks = i_n * sizes.H + i_h, tl.num_programs(1)
+    block = block_at(i_n, i_h, i_s, i_block, blocks, group, first, count, sizes)
     i_b = block.slot
     o_t, o_d = tl.arange(0, BT), tl.arange(0, sizes.BD)
     m_t, m_d = o_t < count, o_d < D

@@ -40,12 +40,13 @@ def scan_kernel(
 ):
     H: tl.constexpr = sizes.H
     i_n, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_s = i_n * H + i_h
     p_norm += i_h * 2 * sizes.D
 
     for i_block in tl.range(0, blocks, num_stages=1, disable_licm=True):
         first, count, learned = block_of(token, i_n, group + i_block, sizes)
         if count > 0:
-            block = block_at(i_n, i_h, i_block, blocks, group, first, count, sizes)
+            block = block_at(i_n, i_h, i_s, i_block, blocks, group, first, count, sizes)
             o_k = (first * H + i_h) * sizes.D
             p_k, p_v = token.k + o_k, token.v + o_k
             block_of_keys(p_k, p_v, layers, coefficient, p_norm, block, chunks, hidden, sizes, KEEP)

@@ -54,7 +54,8 @@ def scan_backward_kernel(
         i_block = blocks - 1 - back
         first, count, _ = block_of(token, i_n, group + i_block, sizes)
         if count > 0:
-            block = block_at(i_n, i_h, i_block, blocks, group, first, count, sizes)
+            i_s = i_n * H + i_h  # here: before the loop it would fill a register all along
+            block = block_at(i_n, i_h, i_s, i_block, blocks, group, first, count, sizes)
             o_k = (first * H + i_h) * D
             p_k = token.k + o_k
             p_end = grad.coefficient.end + block.slot * L * (4 + 2 * BT)

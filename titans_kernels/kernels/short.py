@@ -34,9 +34,10 @@ def short_kernel(
 ):
     H: tl.constexpr = sizes.H
     i_n, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_s = i_n * H + i_h
     first, count, learned = block_of(token, i_n, tl.full([], 0, tl.int64), sizes)
     if count > 0:
-        block = block_at(i_n, i_h, 0, 1, 0, first, count, sizes)
+        block = block_at(i_n, i_h, i_s, 0, 1, 0, first, count, sizes)
         o_k = (first * H + i_h) * sizes.D
         p_k, p_v = token.k + o_k, token.v + o_k
         for i_l in tl.static_range(sizes.L):
