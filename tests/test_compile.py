@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from yardstick import assert_gradients, assert_values, flat, gradients
 
 from titans_kernels import MemoryState, NeuralMemory, neural_memory, retrieve
-from titans_kernels.layers import TitansMAG, TitansMAL
+from titans_kernels.layers import TitansMAC, TitansMAG, TitansMAL
 
 LENGTHS = (20, 31, 64, 200, 501)  # several spans of blocks, and none
 
@@ -262,6 +262,28 @@ def test_gradients_through_windows_at_any_length():
     for x in _texts(13, 3, 20, 7):
         _assert_same(compiled, block, leaves, x, bound=1e-12)
     assert counter.frame_count == 1
+
+
+def test_segments_at_any_length():
+    """Without `fullgraph`: graphs of a segment, whole or not, however many there are."""
+    block = TitansMAC(12, heads=2, segment=5, chunk_size=4, n_persistent=2, dtype=torch.float64)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled, leaves = torch.compile(block, backend=counter), dict(block.named_parameters())
+    for x in _texts(8, 11):  # the rest of the last segment is three tokens, then one
+        _assert_same(compiled, block, leaves, x, bound=1e-12)
+    graphs = counter.frame_count
+    for x in _texts(7, 64, 36):
+        _assert_same(compiled, block, leaves, x, bound=1e-12)
+    assert counter.frame_count == graphs <= 8
+
+
+@torch.no_grad()
+def test_segments_in_one_graph():
+    block = TitansMAC(12, heads=2, segment=5, chunk_size=4, n_persistent=2, dtype=torch.float64)
+    compiled, counter = _compiled(block, "eager")
+    for x in _texts(13, 14):
+        torch.testing.assert_close(compiled(x)[0], block(x)[0])
+    assert counter.frame_count == 2
 
 
 @torch.no_grad()

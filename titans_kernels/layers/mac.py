@@ -15,6 +15,7 @@ from ..transforms import values
 from . import checking
 from .attention import SegmentAttention
 from .block import Block, BlockOptions, Gate
+from .compilation import graphs_may_break, outside_of_graphs
 from .state import ContextState, choose, concatenate, divide
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class TitansMAC(Block[ContextState]):
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         opened = [0]  # tokens in the open segments; any will do for a step, which never overshoots
         if state is None:
-            state = self._empty(x, sequences)
+            state = self._empty(x[:, :0], sequences)
         else:
             checking.lengths("state.length", state.length, sequences, self.segment - 1, x)
             if T != 1 and not without_values(state.length):  # shapes are the same whatever it is
@@ -114,10 +115,9 @@ class TitansMAC(Block[ContextState]):
         if _same(lengths) and (_same(opened) or filled + n <= self.segment):
             # All end their segments at the same tokens, or none does.
             rows = x.reshape(sequences, n, self.dim)
-            first = min(n, self.segment - filled)
-            parts = rows[:, :first], *rows[:, first:].split(self.segment, dim=1)
-            pieces = [part for part in parts if part.shape[1]] or [rows]
-            y, state = self._read_rounds([(piece, None) for piece in pieces], state)
+            many = n > self.segment and graphs_may_break()
+            read = self._read_outside_of_graphs if many else self._read_alike
+            y, state = read(rows, min(n, self.segment - filled), state)
             return y.reshape(x.shape), state
 
         order, tokens, ends = _in_rounds(lengths, opened, self.segment)
@@ -125,21 +125,34 @@ class TitansMAC(Block[ContextState]):
         sizes = [int(end[-1]) for end in ends]
         pieces = x.flatten(0, 1).index_select(0, tokens)[None].split(sizes, dim=1)
         state = state.index_select(order)
-        y, state = self._read_rounds(list(zip(pieces, ends, strict=True)), state)
+        y, state = self._read_rounds(pieces, ends, state)
         y = torch.empty_like(y).index_copy(1, tokens, y)
         return y.reshape(x.shape), state.index_select(order.argsort())
 
-    def _read_rounds(
-        self, rounds: Sequence[tuple[Tensor, Tensor | None]], state: ContextState
+    def _read_alike(
+        self, rows: Tensor, first: int, state: ContextState
     ) -> tuple[Tensor, ContextState]:
-        """A piece of every sequence in each round, packed where it comes with cu_seqlens.
+        """Sequences [N, n, dim] of which all end their open segment after `first` tokens."""
+        parts = rows[:, :first], *rows[:, first:].split(self.segment, dim=1)
+        out = []
+        for part in [part for part in parts if part.shape[1]] or [rows]:
+            y, state = self._read_segment(part.contiguous(), state, None)
+            out.append(y)
+        return torch.cat(out, 1), state
+
+    _read_outside_of_graphs = outside_of_graphs(_read_alike)
+
+    def _read_rounds(
+        self, rounds: Sequence[Tensor], ends: Sequence[Tensor], state: ContextState
+    ) -> tuple[Tensor, ContextState]:
+        """In each round a piece of every sequence, packed with cu_seqlens `ends`.
 
         Sequences that have read all they have drop out: they are the last of the state.
         """
         out: list[Tensor] = []
         done: list[ContextState] = []
-        for x, cu_seqlens in rounds:
-            if cu_seqlens is not None and len(cu_seqlens) <= len(state.length):
+        for x, cu_seqlens in zip(rounds, ends, strict=True):
+            if len(cu_seqlens) <= len(state.length):
                 state, finished = divide(state, len(cu_seqlens) - 1)
                 done.insert(0, finished)
             y, state = self._read_segment(x, state, cu_seqlens)

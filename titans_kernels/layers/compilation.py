@@ -1,0 +1,39 @@
+"""Loops over the segments of a sequence, under torch.compile."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, run by Python where torch.compile calls it; what it calls is compiled.
+
+    A loop in it is then no part of a graph, which would be another one for each number of turns.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_outside_of_graphs")
+    copied = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return torch.compiler.disable(functools.wraps(function)(copied), recursive=False)
+
+
+def graphs_may_break() -> bool:
+    """Whether torch.compile is tracing, and without `fullgraph=True`."""
+    return (
+        torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not _whole_graph()
+    )
+
+
+@torch.compiler.assume_constant_result
+def _whole_graph() -> bool:
+    """Asked while tracing: there is no public way to. Where Dynamo has moved it, graphs are whole."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        return bool(InstructionTranslator.current_tx().one_graph)
+    except (ImportError, AttributeError):
+        return True
