@@ -30,7 +30,7 @@ def graphs_may_break() -> bool:
 
 @torch.compiler.assume_constant_result
 def _whole_graph() -> bool:
-    """Asked while tracing: there is no public way to. Where Dynamo has moved it, graphs are whole."""
+    """Asked of Dynamo, which has no public way to. Where it has moved it, graphs are whole."""
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
