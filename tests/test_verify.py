@@ -1,7 +1,10 @@
 """`python -m titans_kernels.verify` says ok when all is well, and only then."""
 
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -144,3 +147,17 @@ def test_wrong_arguments_are_refused(argument, capsys):
         verify.main(argument)
     assert exit_info.value.code == 2
     assert argument[-1] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_torchrun_compares_sharded_layers_with_one_process():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "titans_kernels.verify", "--device", "cpu", "--backend", "torch"]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split()[:5] for line in done.stdout.splitlines() if line.endswith(" ok")]
+    layers = ("NeuralMemory", "TitansMAC", "TitansMAG", "TitansMAL", "TitansTNT")
+    ranks = (["2", "heads", "x", "1"], ["1", "heads", "x", "2"])
+    assert rows[:-1] == [[name, *where] for where in ranks for name in layers for _ in range(3)]
+    assert "30 comparisons with one process: all ok" in done.stdout

@@ -29,7 +29,7 @@ FACTOR = 3.0
 MOST_HEADS = 8  # ranks that share the heads
 DIM, HEAD_DIM, TOKENS = 32, 16, 13  # tokens of a rank: no border is one of a chunk or a window
 
-ROW = "{:<13}  {:<22}  {:<8}  {:>7}  {:>7}  {:<28}  {:>7}  {}"
+ROW = "{:<13}  {:<19}  {:<8}  {:>7}  {:>7}  {:<36}  {:>7}  {}"
 HEADER = ROW.format(
     "layer", "ranks", "dtype", "output", "bound", "worst gradient", "bound", "verdict"
 )
