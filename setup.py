@@ -41,6 +41,7 @@ docs = [
 ]
 dev = [
     "accelerate",  # what transformers' Trainer needs
+    "bitsandbytes",  # quantised hosts
     "hypothesis",
     "mypy",
     "parameterized",  # what transformers' own tests are written with

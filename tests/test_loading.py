@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig
 
 from titans_kernels import from_pretrained, replace, restore
 from titans_kernels.models import TitansConfig, TitansForCausalLM
@@ -185,6 +185,43 @@ def test_layers_in_a_quantised_host_have_its_compute_dtype(mode, compute_dtype):
     assert {p.dtype for p in layer.parameters()} == {expected}
     out, _ = host["attn"](torch.randn(1, 5, 16, dtype=torch.bfloat16))
     assert out.dtype == torch.bfloat16 and out.isfinite().all()
+
+
+BITS = {
+    8: ({"load_in_8bit": True}, torch.float32),
+    4: ({"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("mode", ["replace", "beside"])
+def test_layers_in_a_host_of_bitsandbytes(mode, bits, tmp_path):
+    """Its linear layers of 8 or 4 bits; ours have the dtype that these compute in, and train."""
+    options, dtype = BITS[bits]
+    config = LlamaConfig(**_SIZE | {"hidden_size": 64}, intermediate_size=64)  # whole blocks of 32
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    where = HOSTS["llama"][1]
+    quantised = BitsAndBytesConfig(**options)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quantised, device_map="cpu"
+    )
+    assert type(model.model.layers[0].self_attn.q_proj).__module__.startswith("bitsandbytes.")
+    before = model(X).logits
+    replace(model, where.format(0), "mag", mode=mode, window=5, chunk_size=4)
+    if mode == "beside":
+        assert torch.equal(model(X).logits, before)
+    _open(model)
+    layer = model.model.layers[0].self_attn
+    new = dict((layer if mode == "replace" else layer.titans).named_parameters())
+    assert {p.dtype for p in new.values()} == {dtype}
+    whole = model(X).logits
+    parts = model(X[:, :6], use_cache=True)
+    last = model(X[:, 6:], past_key_values=parts.past_key_values).logits
+    # Activations are rounded too, by scales of the tokens that come together.
+    assert (last - whole[:, 6:]).norm() < 0.02 * whole.norm() < (whole - before).norm()
+    model.train()(X, labels=X).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in new.values())
 
 
 @pytest.mark.parametrize("mode", ["replace", "beside"])
