@@ -57,16 +57,19 @@ def test_counts_that_differ_are_named():
     from triton_support.machine.counts import disagreements
 
     same = {"product": [100, 102, 98], "special": [100, 99, 0], "other": [100, 160, 300]}
-    assert not disagreements("scan", same)
+    assert not disagreements("recall", same, 16)
     for form, other in (
         ("product", [100, 103, 100]),
         ("product", [100, 100, 97]),
         ("special", [103, 100, 0]),
         ("other", [103, 100, 300]),
     ):
-        (found,) = disagreements("scan", same | {form: other})
-        assert found.startswith(f"scan: {form}: {other[0]} executed")
-    assert not disagreements("coefficients", {"float": [100, 130, 0]})
+        (found,) = disagreements("recall", same | {form: other}, 16)
+        assert found.startswith(f"recall: {form}: {other[0]} executed")
+    assert not disagreements("coefficients", {"float": [100, 130, 0]}, 16)
+    for form, n in (("product", 106), ("float", 106)):
+        assert not disagreements("scan", {form: [100, n, n]}, 16)
+        assert disagreements("scan", {form: [100, n + 1, n + 1]}, 16)
 
 
 @pytest.mark.wide
