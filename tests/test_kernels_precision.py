@@ -124,7 +124,7 @@ SMALL = {"T": 80, "D": 16, "hidden": 32}
 ROWS = {
     "chunks of 16": {"tile": (32, 32)},
     "shipped tile": {"tile": None},
-    "blocks of 128": {"tile": (128, 32, 64), "T": 150},
+    "blocks of 128": {"tile": (128, 32, 64), "T": 300},
     "short chunks": {"tile": (16, 16), "chunk": 4},
     "one chunk over blocks": {"tile": (16, 16), "chunk": 40},
     "padded head dimension": {"tile": (32, 32), "D": 48, "hidden": 64},
