@@ -55,23 +55,22 @@ def _rows(config, log):
         return list(csv.DictReader(file))
 
 
-def _same_run(got, want):
-    """float32, over 20 steps in which the loss falls.
+def _same_run(got, want, bound=1e-5):
+    """Over 20 steps in which the loss falls, by default in float32.
 
-    A loss is the same within 1e-5 bits. The gradient's norm is within 1e-5 of itself in the root
-    mean square over the steps, and within 1e-4 in each: of some batches it is that sensitive.
+    Losses are within `bound` bits. The gradient's norm is within `bound` of itself in the root mean
+    square over the steps, and within ten times that in each: of some batches it is that sensitive.
     """
     for log in ("train.csv", "evaluation.csv"):
         for one, other in zip(_rows(got, log), _rows(want, log), strict=True):
             assert one["step"] == other["step"]
-            assert abs(float(one["bits"]) - float(other["bits"])) <= 1e-5, one
-    losses, norms = (
-        torch.tensor([float(row[name]) for row in _rows(want, "train.csv")], dtype=torch.float64)
-        for name in ("bits", "gradient")
+            assert abs(float(one["bits"]) - float(other["bits"])) <= bound, one
+    losses, norms, found = (
+        torch.tensor([float(row[name]) for row in _rows(run, "train.csv")], dtype=torch.float64)
+        for run, name in ((want, "bits"), (want, "gradient"), (got, "gradient"))
     )
-    found = torch.tensor([float(row["gradient"]) for row in _rows(got, "train.csv")])
     apart = found / norms - 1
-    assert apart.abs().max() <= 1e-4 and apart.square().mean().sqrt() <= 1e-5, apart
+    assert apart.abs().max() <= 10 * bound and apart.square().mean().sqrt() <= bound, apart
     assert len(losses) == 20 and losses[-1] < losses[0] - 1
 
 
@@ -83,7 +82,7 @@ def _alone(rank, folder, name, **changes):
     return config
 
 
-def _on_meshes(rank, folder, meshes, name="", **changes):
+def _on_meshes(rank, folder, meshes, name="", bound=1e-5, **changes):
     """Activation checkpointing changes nothing, so some have it."""
     _write_text(rank, folder)
     want = _alone(rank, folder, name, **changes)
@@ -93,7 +92,7 @@ def _on_meshes(rank, folder, meshes, name="", **changes):
         Training(config, _processes(*sizes)).run()
         dist.barrier()
         if rank == 0:
-            _same_run(config, want)
+            _same_run(config, want, bound)
             got, expected = (load_file(f"{c.out}/model/model.safetensors") for c in (config, want))
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
@@ -109,8 +108,13 @@ def check_runs_in_two_directions(rank, folder):
 
 
 def check_other_blocks(rank, folder):
+    """In float64: this run multiplies a rounding by more than a thousand."""
     model = MODEL | {"variant": "mac", "loss_chunk": 10}
-    _on_meshes(rank, folder, [(1, 2, 1)], "mac", model=model)
+    torch.set_default_dtype(torch.float64)
+    try:
+        _on_meshes(rank, folder, [(1, 2, 1)], "mac", 1e-10, model=model)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def check_a_run_goes_from_mesh_to_mesh(rank, folder):
@@ -152,7 +156,6 @@ def check_what_processes_are_given(rank, folder):
     raises(ValueError, "mesh: got", lambda: processes.agree({"mesh": [1 + rank]}))
 
 
-TWO = [check_what_processes_are_given, check_runs_in_each_direction]
+TWO = [check_what_processes_are_given, check_runs_in_each_direction, check_other_blocks]
 FOUR = [check_runs_in_each_direction, check_a_run_goes_from_mesh_to_mesh]
-WIDE = [check_other_blocks]
 WIDE_FOUR = [check_runs_in_two_directions]

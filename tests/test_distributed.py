@@ -86,8 +86,3 @@ def test_all_checks_in_four_processes(tmp_path):
     checks = [*checks_heads.TWO[1:3], *checks_length.TWO[1:]]
     checks += [*checks_traffic.WIDE_FOUR, *checks_training.WIDE_FOUR]
     assert set(process_group.run(checks, 4, tmp_path).values()) == {None}
-
-
-@pytest.mark.wide
-def test_training_on_any_mesh(tmp_path):
-    assert set(process_group.run(checks_training.WIDE, 2, tmp_path).values()) == {None}
