@@ -4,7 +4,8 @@
 #   PYTHON  the Python that .venv is made from
 #   TORCH   the torch to install, for example TORCH=torch for the newest
 #   SECOND  another Triton that the kernels are compiled with, besides the one that torch brings
-#   CONSTRAINTS  a file of exact versions; that of continuous integration is .ci/constraints.txt
+#   CONSTRAINTS  a file of exact versions, with older.txt in its folder; that of continuous
+#                integration is .ci/constraints.txt
 #   PYTEST  more options for pytest, for example PYTEST="-k stream -x"
 
 PYTHON ?= python3
@@ -61,7 +62,8 @@ $(OWN): $(READY)
 oldest_of = $(1)==$(shell sed -nE 's/.*"$(1)>=([0-9.]+)".*/\1/p' setup.py).*
 $(OLDER): | $(READY)
 	$(PY) -m pip install --quiet --disable-pip-version-check --target $@.part \
-		"triton==3.5.*" "$(call oldest_of,transformers)"
+		"triton==3.5.*" "$(call oldest_of,transformers)" \
+		$(if $(CONSTRAINTS),--constraint $(dir $(CONSTRAINTS))older.txt)
 	mv $@.part $@
 
 demo: $(READY) ## Train a small byte-level model and watch its memory learn while it reads
