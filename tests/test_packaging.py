@@ -79,15 +79,17 @@ def test_public_names():
 
 def test_import_is_light(tmp_path):
     code = """
-import time, torch
-start = time.perf_counter()
+import sys, torch
+before = set(sys.modules)
 import titans_kernels
 assert not torch.cuda.is_initialized(), "the import touched a device"
-print(time.perf_counter() - start)
+print(*sorted({name for name in sys.modules if name not in before}))
 """
-    # A busy machine may stall any one import: the fastest of three is the import's own time.
-    seconds = min(float(_python("-c", code, cwd=tmp_path)) for _ in range(3))
-    assert seconds < 1, f"import titans_kernels took {seconds:.2f} s beyond torch"
+    found = _python("-c", code, cwd=tmp_path).split()
+    assert "titans_kernels.layers.mac" in found
+    heavy = {"sympy", "transformers", "matplotlib", "omegaconf", "tqdm"}
+    heavy |= {"torch._dynamo", "torch._inductor", "torch.distributed.tensor"}
+    assert not heavy & set(found)
 
 
 def test_works_without_triton_and_numpy(tmp_path):

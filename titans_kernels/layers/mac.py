@@ -15,7 +15,6 @@ from ..transforms import values
 from . import checking
 from .attention import SegmentAttention
 from .block import Block, BlockOptions, Gate
-from .compilation import graphs_may_break, outside_of_graphs
 from .state import ContextState, choose, concatenate, divide
 
 if TYPE_CHECKING:
@@ -115,9 +114,14 @@ class TitansMAC(Block[ContextState]):
         if _same(lengths) and (_same(opened) or filled + n <= self.segment):
             # All end their segments at the same tokens, or none does.
             rows = x.reshape(sequences, n, self.dim)
-            many = n > self.segment and graphs_may_break()
-            read = self._read_outside_of_graphs if many else self._read_alike
-            y, state = read(rows, min(n, self.segment - filled), state)
+            first = min(n, self.segment - filled)
+            if n > self.segment and torch.compiler.is_compiling():
+                from . import compilation  # not before: it loads Dynamo
+
+                if compilation.graphs_may_break():
+                    y, state = compilation.read_alike(self, rows, first, state)
+                    return y.reshape(x.shape), state
+            y, state = self._read_alike(rows, first, state)
             return y.reshape(x.shape), state
 
         order, tokens, ends = _in_rounds(lengths, opened, self.segment)
@@ -139,8 +143,6 @@ class TitansMAC(Block[ContextState]):
             y, state = self._read_segment(part.contiguous(), state, None)
             out.append(y)
         return torch.cat(out, 1), state
-
-    _read_outside_of_graphs = outside_of_graphs(_read_alike)
 
     def _read_rounds(
         self, rounds: Sequence[Tensor], ends: Sequence[Tensor], state: ContextState
