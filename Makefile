@@ -116,7 +116,7 @@ static: $(READY) $(OTHER) ## Compile the shipped kernels for every GPU and judge
 EXECUTE := PYTHONPATH=.:tests $(ONE_THREAD) $(PY) -m triton_support.machine
 EXECUTE_OTHER := PYTHONPATH=$(OTHER):.:tests $(ONE_THREAD) $(PY) -m triton_support.machine
 EXECUTED := benchmarks/results/machine.jsonl
-machine: $(READY) $(OTHER) ## Execute the kernels' PTX without a GPU (an hour or two): docs/machine.md
+machine: $(READY) $(OTHER) ## Execute the kernels' PTX without a GPU (half an hour): docs/machine.md
 	for arch in sm_80 sm_90; do $(EXECUTE).proof --arch $$arch && $(EXECUTE).step --arch $$arch || exit 1; done
 	$(EXECUTE_OTHER).proof --arch sm_80
 	for arch in sm_80 sm_90; do $(EXECUTE) --arch $$arch || exit 1; done > $(EXECUTED).part
