@@ -297,9 +297,6 @@ settled("tf32")
 """
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9"
-)
 def test_tf32_by_fp32_precision():
     """In a process of its own: a setting once made by name cannot be mixed with `allow_tf32`."""
     done = subprocess.run([sys.executable, "-c", NEW_SETTINGS], capture_output=True, text=True)

@@ -57,19 +57,20 @@ def test_counts_that_differ_are_named():
     from triton_support.machine.counts import disagreements
 
     same = {"product": [100, 102, 98], "special": [100, 99, 0], "other": [100, 160, 300]}
-    assert not disagreements("recall", same, 16)
+    assert not disagreements("scan", same)
     for form, other in (
         ("product", [100, 103, 100]),
         ("product", [100, 100, 97]),
         ("special", [103, 100, 0]),
         ("other", [103, 100, 300]),
     ):
-        (found,) = disagreements("recall", same | {form: other}, 16)
-        assert found.startswith(f"recall: {form}: {other[0]} executed")
-    assert not disagreements("coefficients", {"float": [100, 130, 0]}, 16)
-    for form, n in (("product", 106), ("float", 106)):
-        assert not disagreements("scan", {form: [100, n, n]}, 16)
-        assert disagreements("scan", {form: [100, n + 1, n + 1]}, 16)
+        (found,) = disagreements("scan", same | {form: other})
+        assert found.startswith(f"scan: {form}: {other[0]} executed")
+    assert not disagreements("coefficients", {"float": [100, 130, 0]})
+    for form in ("product", "float"):  # in the page's case, the last of scan's 16 blocks
+        assert not disagreements("scan", {form: [100, 106, 106]}, "D 64, counted")
+        assert disagreements("scan", {form: [100, 107, 107]}, "D 64, counted")
+        assert disagreements("recall", {form: [100, 106, 106]}, "D 64, counted")
 
 
 @pytest.mark.wide

@@ -67,11 +67,11 @@ is a bound from above and is held to be one:
 
 - global loads, global stores, other (integers, moves, predicates, branches): the count along loops
   has both sides of a branch, and code that only some turns reach in every turn;
-- all of the kernels of coefficients: their work at the end of a chunk stands behind a branch;
-- scan: of its 16 blocks the last one hands on no state or, in the forward pass alone, no rounded
-  copy of it, and the count along loops has that turn too. It is at most 1 in 15 above.
+- all of the kernels of coefficients: their work at the end of a chunk stands behind a branch.
 
-The table's case is larger than the test's: 1,024 tokens at D 64.
+The table's case is larger than the test's: 1,024 tokens at D 64. There scan, counted along loops,
+is up to 1 in 15 above: of its 16 blocks the last one hands on no state or, in the forward pass
+alone, no rounded copy of it, and the count has that turn too.
 Loads that ptxas writes with a predicate that is never true are not counted.
 
 Not compared with machine code: special functions, float and other, which ptxas merges, hoists and
