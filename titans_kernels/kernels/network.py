@@ -10,16 +10,25 @@ EPS = tl.constexpr(1e-6)
 # GELU's tanh form is z sigmoid(_C z + _CB z^3), for tanh(x) = 2 sigmoid(2 x) - 1
 _C = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 _CB = tl.constexpr(0.07135481627260025)  # 0.044715 _C
+_E = tl.constexpr(1.4426950408889634)  # log2 e: exp(x) is exp2(_E x)
+_EC, _ECB = tl.constexpr(_E.value * _C.value), tl.constexpr(_E.value * _CB.value)
+
+
+@triton.jit
+def logistic(u):
+    """1 / (1 + 2^-u), without the scaling that a quotient takes to cover all numbers."""
+    t = 1.0 + tl.exp2(-u)
+    return tl.rsqrt(t * t)
 
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu_tanh":
-        return z / (1.0 + tl.exp(-z * (z * z * _CB + _C)))
+        return z * logistic(z * (z * z * _ECB + _EC))
     elif ACTIVATION == "gelu":
         return z * (0.5 + 0.5 * tl.erf(z * 0.7071067811865476))
     elif ACTIVATION == "silu":
-        return z / (1.0 + tl.exp(-z))
+        return z * logistic(_E * z)
     elif ACTIVATION == "relu":
         return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
@@ -31,13 +40,13 @@ def activate(z, ACTIVATION: tl.constexpr):
 def slope(z, ACTIVATION: tl.constexpr):
     """The derivative of `activate`."""
     if ACTIVATION == "gelu_tanh":
-        s = 1.0 / (1.0 + tl.exp(-z * (z * z * _CB + _C)))
+        s = logistic(z * (z * z * _ECB + _EC))
         return s + s * (1.0 - s) * z * (z * z * (3.0 * _CB) + _C)
     elif ACTIVATION == "gelu":
         density = tl.exp(-0.5 * z * z) * 0.3989422804014327
         return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476) + z * density
     elif ACTIVATION == "silu":
-        s = 1.0 / (1.0 + tl.exp(-z))
+        s = logistic(_E * z)
         return s + z * s * (1.0 - s)
     elif ACTIVATION == "relu":
         return tl.where(z > 0.0, 1.0, 0.0).to(z.dtype)
@@ -49,14 +58,14 @@ def slope(z, ACTIVATION: tl.constexpr):
 def curvature(z, ACTIVATION: tl.constexpr):
     """The derivative of `slope`."""
     if ACTIVATION == "gelu_tanh":  # of z s(u): s'(u) ((z u' (1 - 2 s) + 4) u' - 2 c)
-        s = 1.0 / (1.0 + tl.exp(-z * (z * z * _CB + _C)))
+        s = logistic(z * (z * z * _ECB + _EC))
         du = z * z * (3.0 * _CB) + _C
         return s * (1.0 - s) * ((z * du * (1.0 - 2.0 * s) + 4.0) * du - 2.0 * _C)
     elif ACTIVATION == "gelu":
         density = tl.exp(-0.5 * z * z) * 0.3989422804014327
         return density * (2.0 - z * z)
     elif ACTIVATION == "silu":
-        s = 1.0 / (1.0 + tl.exp(-z))
+        s = logistic(_E * z)
         return s * (1.0 - s) * (2.0 + z * (1.0 - 2.0 * s))
     else:
         return tl.zeros(z.shape, z.dtype)
@@ -67,7 +76,7 @@ def standardise(y, m_d, D: tl.constexpr):
     """(y - mean) / std over the first D rows of y [BD, n], and 1 / std [1, n]."""
     mean = tl.sum(y, 0) / D
     centred = tl.where(m_d[:, None], y - mean[None, :], 0.0)
-    r = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + EPS)
+    r = tl.rsqrt(tl.sum(centred * centred, 0) / D + EPS)
     return centred * r[None, :], r[None, :]
 
 
