@@ -50,7 +50,7 @@ def chunk_backward(
     b_s = tl.zeros([BT, sizes.BC], ACC)
     if sizes.EARLIER:
         for i in tl.range(0, ends.width, sizes.BR, num_stages=1, disable_licm=True):
-            m_r = i + o_r < D
+            m_r = None if D % sizes.BR == 0 else i + o_r < D
             b_l = load(tokens.k, o_i, m_l, i + o_r, m_r, sizes.H * D)  # [BT, BR]
             b_k = load_t(tokens.k, o_c, m_c, i + o_r, m_r, sizes.H * D)  # [BR, BC]
             b_s = dot(b_l, b_k, b_s, sizes.PRECISION)
@@ -61,7 +61,7 @@ def chunk_backward(
     if sizes.DEPTH == 1:
         p_dd = grad.layers[0].d + block.slot * BT * D
         for i in tl.range(0, ends.width, sizes.BR, num_stages=1, disable_licm=True):
-            m_r = i + o_r < D
+            m_r = None if D % sizes.BR == 0 else i + o_r < D
             b_dd = load_t(p_dd, o_c, m_c, i + o_r, m_r, D)  # [BR, BC]
             if sizes.EARLIER:
                 b_l = load_t(p_dd, o_i, m_l, i + o_r, m_r, D).to(OP)  # [BR, BT]
@@ -168,7 +168,7 @@ def errors_backward(b_s, layers, coefficient, grad, block, chunk, ends, i_l: tl.
     b_ex = tl.zeros([BT, BC], ACC)  # de by x: the later's by ours, ours by earlier ones'
     b_xx = tl.zeros([BT, BC], ACC)  # x by x
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-        m_h = j + o_h < HIDDEN
+        m_h = None if HIDDEN % BH == 0 else j + o_h < HIDDEN
         if i_l == 1 and sizes.EARLIER:
             b_l = load_t(p_below, o_i, m_l, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BT]
             b_dd = load_t(p_below, o_c, m_c, j + o_h, m_h, HIDDEN)  # [BH, BC]
@@ -201,7 +201,7 @@ def errors_backward(b_s, layers, coefficient, grad, block, chunk, ends, i_l: tl.
 
     p_w, p_s = start_state(layers[i_l], block, i_l, sizes)
     for i in tl.range(0, out, BO, num_stages=1, disable_licm=True):
-        m_r = i + o_o < OUT
+        m_r = None if OUT % BO == 0 else i + o_o < OUT
         b_dd = load_t(p_dd, o_c, m_c, i + o_o, m_r, OUT)  # [BO, BC]
         if sizes.EARLIER:
             b_l = load_t(p_dd, o_i, m_l, i + o_o, m_r, OUT).to(OP)  # [BO, BT]
@@ -211,7 +211,7 @@ def errors_backward(b_s, layers, coefficient, grad, block, chunk, ends, i_l: tl.
         b_w = tl.zeros([BO, BC], ACC)
         b_ws = tl.zeros([BO, BC], ACC)
         for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-            m_h = j + o_h < HIDDEN
+            m_h = None if HIDDEN % BH == 0 else j + o_h < HIDDEN
             b_de = load_t(p_de, o_c, m_c, j + o_h, m_h, HIDDEN)  # [BH, BC]
             b_m = load_t(p_w, j + o_h, m_h, i + o_o, m_r, OUT)  # [BO, BH]
             b_w = dot(b_m, b_de, b_w, PRECISION)
@@ -293,7 +293,7 @@ def products_backward(
     b_gd = tl.zeros([BT, BC], ACC)  # dz by d: ours by earlier ones', the later's by ours
     if sizes.EARLIER:
         for i in tl.range(0, out, BO, num_stages=1, disable_licm=True):
-            m_r = i + o_o < OUT
+            m_r = None if OUT % BO == 0 else i + o_o < OUT
             b_g = load_t(p_dz, o_c, m_c, i + o_o, m_r, OUT).to(OP)  # [BO, BC]
             b_o = load(p_d, o_i, m_p, i + o_o, m_r, OUT).to(OP)  # [BT, BO]
             b_gd = dot(b_o, b_g, b_gd, PRECISION)
@@ -306,11 +306,11 @@ def products_backward(
     b_pc = tl.zeros([BH, BC], ACC)
     p_w, p_s = start_state(layers[i_l], block, i_l, sizes)
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-        m_h = j + o_h < HIDDEN
+        m_h = None if HIDDEN % BH == 0 else j + o_h < HIDDEN
         b_w = tl.zeros([BH, BC], ACC)
         b_ws = tl.zeros([BH, BC], ACC)
         for i in tl.range(0, out, BO, num_stages=1, disable_licm=True):
-            m_r = i + o_o < OUT
+            m_r = None if OUT % BO == 0 else i + o_o < OUT
             b_g = load_t(p_dz, o_c, m_c, i + o_o, m_r, OUT).to(OP)  # [BO, BC]
             b_m = load(p_w, j + o_h, m_h, i + o_o, m_r, OUT)  # [BH, BO]
             b_w = dot(b_m, b_g, b_w, PRECISION)

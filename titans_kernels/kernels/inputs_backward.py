@@ -93,7 +93,7 @@ def inputs_backward_kernel(
     b_hX = tl.zeros([BT, BT], ACC)
     for i in tl.range(0, width, BR, num_stages=1, disable_licm=True):
         o_r = tl.arange(0, BR)
-        m_r = i + o_r < D
+        m_r = None if D % sizes.BR == 0 else i + o_r < D
         b_k = load(p_k + i, o_t, m_t, o_r, m_r, H * D)  # [BT, BR]
         b_h = load_t(p_h + i, o_t, m_h, o_r, m_r, H * D)  # [BR, BT]
         b_hX = dot(b_k, b_h, b_hX, PRECISION)

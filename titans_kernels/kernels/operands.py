@@ -10,27 +10,54 @@ import triton.language as tl
 
 
 @triton.jit
-def load(p, o_r, m_r, o_c, m_c, STRIDE: tl.constexpr):
-    o = o_r[:, None] * STRIDE + o_c[None, :]
-    return tl.load(p + o, mask=m_r[:, None] & m_c[None, :], other=0.0)
+def load(p, o_r, m_r, o_c, m_c, STRIDE: tl.constexpr, WIDE: tl.constexpr = None):
+    p += o_r[:, None] * STRIDE + o_c[None, :]
+    if WIDE is not None:
+        p = tl.max_contiguous(p, [1, WIDE])
+    if m_r is None and m_c is None:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=inside(m_r, m_c), other=0.0)
 
 
 @triton.jit
 def load_t(p, o_r, m_r, o_c, m_c, STRIDE: tl.constexpr):
-    o = o_r[None, :] * STRIDE + o_c[:, None]
-    return tl.load(p + o, mask=m_r[None, :] & m_c[:, None], other=0.0)
+    p += o_r[None, :] * STRIDE + o_c[:, None]
+    if m_r is None and m_c is None:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=inside(m_c, m_r), other=0.0)
 
 
 @triton.jit
 def store(p, b, o_r, m_r, o_c, m_c, STRIDE: tl.constexpr):
-    o = o_r[:, None] * STRIDE + o_c[None, :]
-    tl.store(p + o, b.to(p.dtype.element_ty), mask=m_r[:, None] & m_c[None, :])
+    p += o_r[:, None] * STRIDE + o_c[None, :]
+    b = b.to(p.dtype.element_ty)
+    if m_r is None and m_c is None:
+        tl.store(p, b)
+    else:
+        tl.store(p, b, mask=inside(m_r, m_c))
 
 
 @triton.jit
 def store_t(p, b, o_r, m_r, o_c, m_c, STRIDE: tl.constexpr):
-    o = o_r[None, :] * STRIDE + o_c[:, None]
-    tl.store(p + o, b.to(p.dtype.element_ty), mask=m_r[None, :] & m_c[:, None])
+    p += o_r[None, :] * STRIDE + o_c[:, None]
+    b = b.to(p.dtype.element_ty)
+    if m_r is None and m_c is None:
+        tl.store(p, b)
+    else:
+        tl.store(p, b, mask=inside(m_c, m_r))
+
+
+@triton.jit
+def inside(m_r, m_c):
+    """Of rows and columns, one of them None where all are in range."""
+    if m_r is None:
+        return m_c[None, :]
+    elif m_c is None:
+        return m_r[:, None]
+    else:
+        return m_r[:, None] & m_c[None, :]
 
 
 @triton.jit

@@ -46,7 +46,7 @@ def recall_kernel(
     b_y = tl.zeros([sizes.BD, sizes.BT], ACC)
     if LAST == 0:
         for j in tl.range(0, hidden, BH, disable_licm=True):
-            m_h = j + o_h < D
+            m_h = None if D % BH == 0 else j + o_h < D
             b_q = load_t(p_q + j, o_t, m_t, o_h, m_h, H * D)  # [BH, BT]
             b_w = load_t(p_W, j + o_h, m_h, o_d, m_d, D)  # [BD, BH]
             b_y = dot(b_w, b_q, b_y, sizes.PRECISION)
@@ -57,14 +57,14 @@ def recall_kernel(
             if i_l > 0:  # reads what the layer below stored
                 tl.debug_barrier()
             for j in tl.range(0, hidden, BH, disable_licm=True):
-                m_h = j + o_h < HIDDEN
+                m_h = None if HIDDEN % BH == 0 else j + o_h < HIDDEN
                 if i_l == 0:
                     b_w = load_t(p_w, o_d, m_d, j + o_h, m_h, HIDDEN)  # [BH, BD]
                     b_z = dot(b_w, b_q, None, sizes.PRECISION)
                 else:
                     b_z = tl.zeros([BH, sizes.BT], ACC)
                     for i in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-                        m_i = i + o_h < HIDDEN
+                        m_i = None if HIDDEN % BH == 0 else i + o_h < HIDDEN
                         p_x = inputs[i_l] + o_x
                         b_x = load_t(p_x, o_t, m_t, i + o_h, m_i, H * HIDDEN)  # [BH, BT]
                         b_w = load_t(p_w, i + o_h, m_i, j + o_h, m_h, HIDDEN)  # [BH, BH]

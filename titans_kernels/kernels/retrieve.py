@@ -149,7 +149,7 @@ def only_layer(p_q, layer, b_W, b_S, block, o_q, m_q, hidden, sizes):
     m_d = o_d < D
     p_W, p_S = state_of(layer, block, 0, sizes)
     for j in tl.range(0, hidden, sizes.BH, disable_licm=True):
-        m_h = j + o_h < D
+        m_h = None if D % sizes.BH == 0 else j + o_h < D
         b_x = load_t(p_q + j, o_q, m_q, o_h, m_h, sizes.H * D)  # [BH, BQ]
         b_w = load_t(p_W, j + o_h, m_h, o_d, m_d, D).to(OP)  # [BD, BH]
         b_W = dot(b_w, b_x, b_W, sizes.PRECISION)
@@ -190,7 +190,7 @@ def hidden_layer(
     if i_l > 0:  # reads what the layer below stored
         tl.debug_barrier()
     for j in tl.range(0, hidden, sizes.BH, disable_licm=True):
-        m_h = j + o_h < HIDDEN
+        m_h = None if HIDDEN % sizes.BH == 0 else j + o_h < HIDDEN
         if i_l == 0:
             b_w = load_t(p_W, o_d, m_d, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BD]
             b_z = b_a[None, :] * dot(b_w, b_q, None, sizes.PRECISION)  # [BH, BQ]
@@ -201,7 +201,7 @@ def hidden_layer(
             b_zW = tl.zeros([sizes.BH, sizes.BQ], b_W.dtype)
             b_zS = tl.zeros([sizes.BH, sizes.BQ], b_W.dtype)
             for i in tl.range(0, hidden, sizes.BH, num_stages=1, disable_licm=True):
-                m_i = i + o_h < HIDDEN
+                m_i = None if HIDDEN % sizes.BH == 0 else i + o_h < HIDDEN
                 b_x = load_t(query_layers[i_l].h + o_b, o_q, m_r, i + o_h, m_i, HIDDEN)  # [BH, BQ]
                 b_w = load_t(p_W, i + o_h, m_i, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BH]
                 b_zW = dot(b_w, b_x, b_zW, sizes.PRECISION)

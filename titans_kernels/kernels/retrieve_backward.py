@@ -129,13 +129,13 @@ def layer_backward(
     # [BT, BT] tiles are keys i by queries t.
     b_hx = tl.zeros([BT, BT], ACC)
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-        m_h = j + o_h < HIDDEN
+        m_h = None if HIDDEN % BH == 0 else j + o_h < HIDDEN
         b_x = load(p_x, o_t, m_t, j + o_h, m_h, HIDDEN)  # [BT, BH]
         b_h = load_t(p_h, o_t, m_t, j + o_h, m_h, HIDDEN)  # [BH, BT]
         b_hx = dot(b_x, b_h, b_hx, PRECISION)
     b_gd = tl.zeros([BT, BT], ACC)
     for i in tl.range(0, out, BO, num_stages=1, disable_licm=True):
-        m_o = i + o_o < OUT
+        m_o = None if OUT % BO == 0 else i + o_o < OUT
         b_d = load(p_d + i, o_t, m_t, o_o, m_o, OUT).to(OP)  # [BT, BO]
         b_g = load_t(p_dz + i, o_t, m_t, o_o, m_o, OUT).to(OP)  # [BO, BT]
         b_gd = dot(b_d, b_g, b_gd, PRECISION)
@@ -157,11 +157,11 @@ def layer_backward(
     b_da = tl.zeros([BT], ACC)
     b_dc = tl.zeros([BT], ACC)
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-        m_h = j + o_h < HIDDEN
+        m_h = None if HIDDEN % BH == 0 else j + o_h < HIDDEN
         b_gW = tl.zeros([BH, BT], ACC)
         b_gS = tl.zeros([BH, BT], ACC)
         for i in tl.range(0, out, BO, num_stages=1, disable_licm=True):
-            m_o = i + o_o < OUT
+            m_o = None if OUT % BO == 0 else i + o_o < OUT
             b_g = load_t(p_dz + i, o_t, m_t, o_o, m_o, OUT).to(OP)  # [BO, BT]
             b_w = load(p_W, j + o_h, m_h, i + o_o, m_o, OUT)  # [BH, BO]
             b_gW = dot(b_w, b_g, b_gW, PRECISION)
@@ -208,7 +208,7 @@ def errors_backward(
     o_t = tl.arange(0, sizes.BT)
     for j in tl.range(0, width, BN, num_stages=1, disable_licm=True):
         o_n = tl.arange(0, BN)
-        m_n = j + o_n < WIDTH
+        m_n = None if WIDTH % BN == 0 else j + o_n < WIDTH
         b_g = load(p_g + j, o_t, m_t, o_n, m_n, WIDTH).to(b_hX.dtype)  # [BT, BN]
         b_dd = dot(b_hX, b_g, None, sizes.PRECISION)
         store(p_dd + j, b_dd, o_t, m_t, o_n, m_n, WIDTH)

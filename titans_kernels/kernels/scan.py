@@ -20,7 +20,7 @@ import triton.language as tl
 
 from .blocks import block_at, block_of, chunk_at, history, start_row, weights_of
 from .network import activate, error, slope
-from .operands import dot, load, load_t, store_t
+from .operands import dot, load, load_t, store, store_t
 from .records import Update
 
 
@@ -105,7 +105,7 @@ def first_products(p_k, layer, coefficient, block, hidden, sizes, KEEP: tl.const
     b_c = tl.load(coefficient.c + o_a + o_row, mask=o_row >= 0, other=0.0)
     b_k = load_t(p_k, o_i, m_i, o_d, m_d, sizes.H * D)  # [BD, BT]
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-        m_h = j + o_h < OUT
+        m_h = None if OUT % BH == 0 else j + o_h < OUT
         b_w = load_t(p_W, o_d, m_d, j + o_h, m_h, OUT).to(OP)  # [BH, BD]
         b_z = dot(b_w, b_k, None, sizes.PRECISION)
         if sizes.EARLIER:
@@ -213,7 +213,7 @@ def hidden_layer(
     b_g = history(coefficient, block, chunk, i_l + 1, sizes)
     b_xx = tl.zeros([BT, sizes.BC], b_y.dtype)
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-        m_h = j + o_h < HIDDEN
+        m_h = None if HIDDEN % BH == 0 else j + o_h < HIDDEN
         if sizes.EARLIER:
             b_d = load_t(p_d, o_i, m_p, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BT]
         if i_l == 0:
@@ -247,13 +247,13 @@ def products(layer, coefficient, block, chunk, j, hidden, i_l: tl.constexpr, siz
     OP: tl.constexpr = layer.x.dtype.element_ty
     ACC: tl.constexpr = coefficient.a.dtype.element_ty
     o_h = tl.arange(0, BH)
-    m_h = j + o_h < HIDDEN
+    m_h = None if HIDDEN % BH == 0 else j + o_h < HIDDEN
     p_W, p_S = state_of(layer, block, i_l, sizes)
     p_x = layer.x + block.slot * sizes.BT * HIDDEN
     a, c = weights_of(coefficient, block, chunk, i_l, sizes)
     b_z = tl.zeros([BH, sizes.BC], ACC)
     for i in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-        m_i = i + o_h < HIDDEN
+        m_i = None if HIDDEN % BH == 0 else i + o_h < HIDDEN
         b_x = load_t(p_x, o_c, m_c, i + o_h, m_i, HIDDEN).to(ACC)  # [BH, BC]
         b_w = load_t(p_W, i + o_h, m_i, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BH]
         b_z = dot(b_w, (a * b_x).to(OP), b_z, sizes.PRECISION)
@@ -309,7 +309,7 @@ def hidden_errors(
     b_dd = tl.zeros([BT, sizes.BC], ACC)
     tl.debug_barrier()
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-        m_h = j + o_h < HIDDEN
+        m_h = None if HIDDEN % BH == 0 else j + o_h < HIDDEN
         if i_l + 1 == sizes.DEPTH:
             b_w = load(p_W, j + o_h, m_h, o_d, m_d, D).to(OP)  # [BH, BD]
             b_h = dot(b_w, b_ae, None, sizes.PRECISION)
@@ -319,7 +319,7 @@ def hidden_errors(
         else:
             b_h = tl.zeros([BH, sizes.BC], ACC)
             for i in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-                m_i = i + o_h < HIDDEN
+                m_i = None if HIDDEN % BH == 0 else i + o_h < HIDDEN
                 p_o = layer.d + block.slot * BT * HIDDEN
                 b_d = load_t(p_o, o_c, m_c, i + o_h, m_i, HIDDEN)  # [BH, BC]
                 b_w = load(p_W, j + o_h, m_h, i + o_h, m_i, HIDDEN).to(OP)  # [BH, BH]
@@ -365,22 +365,24 @@ def advance(
     p_x, p_d = layer.x + block.slot * BT * IN, layer.d + block.slot * BT * OUT
     until = (width if SIDE == sizes.D else hidden) if update.moves else 0
     for i in tl.range(0, until, BU, num_stages=1, disable_licm=True):
-        m_u = i + o_u < SIDE
+        m_u = None if SIDE % BU == 0 else i + o_u < SIDE
         if i_l == 0:
             b_x = load_t(p_k, o_i, m_i, i + o_u, m_u, sizes.H * sizes.D)  # [BU, BT]
         for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-            m_h = j + o_h < sizes.HIDDEN
+            m_h = None if sizes.HIDDEN % BH == 0 else j + o_h < sizes.HIDDEN
             if i_l == 0:
                 b_d = load(p_d, o_i, m_i, j + o_h, m_h, OUT)  # [BT, BH]
-                o = (i + o_u)[:, None] * OUT + (j + o_h)[None, :]
-                m = m_u[:, None] & m_h[None, :]
-                advance_tile(b_x, b_d, layer, block, update, o, m, i_l, sizes, KEEP)
+                o_r, o_c = i + o_u, j + o_h
+                advance_tile(
+                    b_x, b_d, layer, block, update, o_r, m_u, o_c, m_h, i_l, sizes, KEEP
+                )
             else:
                 b_h = load_t(p_x, o_i, m_i, j + o_h, m_h, IN)  # [BH, BT]
                 b_d = load(p_d, o_i, m_i, i + o_u, m_u, OUT)  # [BT, BU]
-                o = (j + o_h)[:, None] * OUT + (i + o_u)[None, :]
-                m = m_h[:, None] & m_u[None, :]
-                advance_tile(b_h, b_d, layer, block, update, o, m, i_l, sizes, KEEP)
+                o_r, o_c = j + o_h, i + o_u
+                advance_tile(
+                    b_h, b_d, layer, block, update, o_r, m_h, o_c, m_u, i_l, sizes, KEEP
+                )
 
 
 @triton.jit
@@ -390,13 +392,16 @@ def advance_tile(
     layer,
     block,
     update,
-    o,  # [rows, columns], offsets in a matrix
-    m,
+    o_r,  # rows of the matrix
+    m_r,
+    o_c,
+    m_c,
     i_l: tl.constexpr,
     sizes,
     KEEP: tl.constexpr,
 ):
-    W: tl.constexpr = sizes.WIDTHS[i_l] * sizes.WIDTHS[i_l + 1]
+    OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
+    W: tl.constexpr = sizes.WIDTHS[i_l] * OUT
     BT: tl.constexpr = sizes.BT
     OP: tl.constexpr = b_x.dtype
     i_s, i_b, p_end = block.state, block.slot, update.end
@@ -406,17 +411,17 @@ def advance_tile(
     a, c, p = tl.load(p_end), tl.load(p_end + 1), tl.load(p_end + 2)
     b_G = tl.load(p_end + 4 + o_t)
     b_P = tl.load(p_end + 4 + BT + o_t)
-    b_W = tl.load(layer.W_exact + o_old + o, mask=m, other=0.0)
-    b_S = tl.load(layer.S_exact + i_s * W + o, mask=m, other=0.0)
+    b_W = load(layer.W_exact + o_old, o_r, m_r, o_c, m_c, OUT)
+    b_S = load(layer.S_exact + i_s * W, o_r, m_r, o_c, m_c, OUT)
     b_W = a * b_W + c * b_S
     b_W = dot(b_x, (-b_G[:, None] * b_d).to(OP), b_W, sizes.PRECISION)
     b_S = p * b_S
     b_S = dot(b_x, (-b_P[:, None] * b_d).to(OP), b_S, sizes.PRECISION)
-    tl.store(layer.W_exact + o_new + o, b_W, mask=m)
-    tl.store(layer.S_exact + i_s * W + o, b_S, mask=m)
+    store(layer.W_exact + o_new, b_W, o_r, m_r, o_c, m_c, OUT)
+    store(layer.S_exact + i_s * W, b_S, o_r, m_r, o_c, m_c, OUT)
     if update.more:
-        tl.store(layer.W + i_x * W + o, b_W.to(OP), mask=m)
-        tl.store(layer.S + i_x * W + o, b_S.to(OP), mask=m)
+        store(layer.W + i_x * W, b_W.to(OP), o_r, m_r, o_c, m_c, OUT)
+        store(layer.S + i_x * W, b_S.to(OP), o_r, m_r, o_c, m_c, OUT)
     if update.whole:
-        tl.store(layer.W_anchor + i_s * W + o, b_W, mask=m)
-        tl.store(layer.S_anchor + i_s * W + o, b_S, mask=m)
+        store(layer.W_anchor + i_s * W, b_W, o_r, m_r, o_c, m_c, OUT)
+        store(layer.S_anchor + i_s * W, b_S, o_r, m_r, o_c, m_c, OUT)

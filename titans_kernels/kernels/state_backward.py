@@ -44,11 +44,11 @@ def advance_backward(p_k, layer, coefficient, grad, block, ends, i_l: tl.constex
     b_dG = tl.zeros([BT], ACC)
     b_dP = tl.zeros([BT], ACC)
     for i in tl.range(0, end, BR, num_stages=1, disable_licm=True):
-        m_d = i + o_d < FULL
+        m_d = None if FULL % BR == 0 else i + o_d < FULL
         b_full = load(p_full, o_t, m_t, i + o_d, m_d, STRIDE).to(OP)  # [BT, BR]
         b_dfull = tl.zeros([BT, BR], ACC)
         for j in tl.range(0, ends.hidden, BN, num_stages=1, disable_licm=True):
-            m_h = j + o_h < SIDE
+            m_h = None if SIDE % BN == 0 else j + o_h < SIDE
             b_side = load(p_side, o_t, m_t, j + o_h, m_h, SIDE).to(ACC)  # [BT, BN]
             b_dw = of_state(p_dW, i + o_d, m_d, j + o_h, m_h, OUT, i_l == 0).to(OP)  # [BR, BN]
             b_part = dot(b_full, b_dw, None, PRECISION)
@@ -112,6 +112,7 @@ def hand_back(
     b_ak = tl.load(p_a + o_row, mask=o_row >= 0, other=1.0)
     b_ck = tl.load(p_c + o_row, mask=o_row >= 0, other=0.0)
     o_in, o_out = i_b * BT * IN, i_b * BT * OUT
+    o_s, o_b = i_s * IN * OUT, i_b * IN * OUT
     if i_l == 0:
         query, key = (readers.q, query_layer.z + o_out), (readers.k, grad.d + o_out)
     else:
@@ -126,15 +127,13 @@ def hand_back(
         o_r = i + tl.arange(0, BR)
         for j in tl.range(0, end_out, BN, num_stages=1, disable_licm=True):
             o_n = j + tl.arange(0, BN)
-            o = o_r[:, None] * OUT + o_n[None, :]
-            m = (o_r < IN)[:, None] & (o_n < OUT)[None, :]
-            o_s = i_s * IN * OUT + o
-            b_dw = tl.load(grad.W + o_s, mask=m, other=0.0)
-            b_ds = tl.load(grad.S + o_s, mask=m, other=0.0)
+            m_r = None if IN % BR == 0 else o_r < IN
+            m_n = None if OUT % BN == 0 else o_n < OUT
+            b_dw = load(grad.W + o_s, o_r, m_r, o_n, m_n, OUT)
+            b_ds = load(grad.S + o_s, o_r, m_r, o_n, m_n, OUT)
             # Four to a thread, as of W: eight, as fit in an access, would be moved to W's layout.
-            o_S = tl.max_contiguous(i_b * IN * OUT + o, [1, 4])
-            b_s = tl.load(layer.S + o_S, mask=m, other=0.0).to(ACC)
-            b_w = tl.load(layer.W_exact + i_b * IN * OUT + o, mask=m, other=0.0)
+            b_s = load(layer.S + o_b, o_r, m_r, o_n, m_n, OUT, 4).to(ACC)
+            b_w = load(layer.W_exact + o_b, o_r, m_r, o_n, m_n, OUT)
             b_da += tl.sum(b_w * b_dw, 0)
             b_dc += tl.sum(b_s * b_dw, 0)
             b_dp += tl.sum(b_s * b_ds, 0)
@@ -142,23 +141,23 @@ def hand_back(
             b_dw = a * b_dw
             if sizes.READ == "token":
                 b_dw, b_ds = add_readers(
-                    query, m_q, b_a, b_c, b_dw, b_ds, o_r, o_n, i_l, sizes, STRIDE, True
+                    query, m_q, b_a, b_c, b_dw, b_ds, o_r, m_r, o_n, m_n, i_l, sizes, STRIDE, True
                 )
             b_wk, b_sk = b_dw, b_ds
             if sizes.SPAN > 1:
-                b_wk = tl.load(grad.W_anchor + o_s, mask=m, other=0.0)
-                b_sk = tl.load(grad.S_anchor + o_s, mask=m, other=0.0)
+                b_wk = load(grad.W_anchor + o_s, o_r, m_r, o_n, m_n, OUT)
+                b_sk = load(grad.S_anchor + o_s, o_r, m_r, o_n, m_n, OUT)
             b_wk, b_sk = add_readers(
-                key, m_t, b_ak, b_ck, b_wk, b_sk, o_r, o_n, i_l, sizes, STRIDE, sizes.EARLIER
+                key, m_t, b_ak, b_ck, b_wk, b_sk, o_r, m_r, o_n, m_n, i_l, sizes, STRIDE, sizes.EARLIER
             )
             if sizes.READ == "chunk":
                 b_wk, b_sk = add_readers(
-                    query, m_q, b_ak, b_ck, b_wk, b_sk, o_r, o_n, i_l, sizes, STRIDE, sizes.EARLIER
+                    query, m_q, b_ak, b_ck, b_wk, b_sk, o_r, m_r, o_n, m_n, i_l, sizes, STRIDE, sizes.EARLIER
                 )
             if i_l > 0:
                 error = (grad.e + o_in, layer.d + o_out)
                 b_wk, b_sk = add_readers(
-                    error, m_t, b_ak, b_ck, b_wk, b_sk, o_r, o_n, i_l, sizes, STRIDE, sizes.EARLIER
+                    error, m_t, b_ak, b_ck, b_wk, b_sk, o_r, m_r, o_n, m_n, i_l, sizes, STRIDE, sizes.EARLIER
                 )
             if sizes.SPAN > 1:
                 if readers.begins:  # the block's state and the chunk's are one
@@ -166,12 +165,12 @@ def hand_back(
                     b_ds += b_sk
                     b_wk = tl.zeros_like(b_wk)
                     b_sk = tl.zeros_like(b_sk)
-                tl.store(grad.W_anchor + o_s, b_wk, mask=m)
-                tl.store(grad.S_anchor + o_s, b_sk, mask=m)
+                store(grad.W_anchor + o_s, b_wk, o_r, m_r, o_n, m_n, OUT)
+                store(grad.S_anchor + o_s, b_sk, o_r, m_r, o_n, m_n, OUT)
             else:
                 b_dw, b_ds = b_wk, b_sk
-            tl.store(grad.W + o_s, b_dw, mask=m)
-            tl.store(grad.S + o_s, b_ds, mask=m)
+            store(grad.W + o_s, b_dw, o_r, m_r, o_n, m_n, OUT)
+            store(grad.S + o_s, b_ds, o_r, m_r, o_n, m_n, OUT)
     return tl.sum(b_da, 0), tl.sum(b_dc, 0), tl.sum(b_dp, 0)
 
 
@@ -184,7 +183,9 @@ def add_readers(
     b_dw,  # [BR, BN]
     b_ds,
     o_r,
+    m_r,
     o_n,
+    m_n,
     i_l: tl.constexpr,
     sizes,
     STRIDE: tl.constexpr,  # of h
@@ -195,8 +196,8 @@ def add_readers(
     OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
     OP: tl.constexpr = p_h.dtype.element_ty
     o_t = tl.arange(0, sizes.BT)
-    b_h = load_t(p_h, o_t, m_t, o_r, o_r < sizes.WIDTHS[i_l], STRIDE)  # [BR, BT]
-    b_g = load(p_g, o_t, m_t, o_n, o_n < OUT, OUT)  # [BT, BN]
+    b_h = load_t(p_h, o_t, m_t, o_r, m_r, STRIDE)  # [BR, BT]
+    b_g = load(p_g, o_t, m_t, o_n, m_n, OUT)  # [BT, BN]
     b_dw = dot(b_h, (b_a[:, None] * b_g).to(OP), b_dw, sizes.PRECISION)
     if MOMENTUM:
         b_ds = dot(b_h, (b_c[:, None] * b_g).to(OP), b_ds, sizes.PRECISION)
