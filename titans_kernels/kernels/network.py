@@ -41,13 +41,14 @@ def slope(z, ACTIVATION: tl.constexpr):
     """The derivative of `activate`."""
     if ACTIVATION == "gelu_tanh":
         s = logistic(z * (z * z * _ECB + _EC))
-        return s + s * (1.0 - s) * z * (z * z * (3.0 * _CB) + _C)
+        w = z * (z * z * (3.0 * _CB) + _C)
+        return s + s * (w - s * w)
     elif ACTIVATION == "gelu":
         density = tl.exp(-0.5 * z * z) * 0.3989422804014327
         return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476) + z * density
     elif ACTIVATION == "silu":
         s = logistic(_E * z)
-        return s + z * s * (1.0 - s)
+        return s + s * (z - s * z)
     elif ACTIVATION == "relu":
         return tl.where(z > 0.0, 1.0, 0.0).to(z.dtype)
     else:
