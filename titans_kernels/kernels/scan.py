@@ -152,11 +152,10 @@ def chunk_of_keys(
         if KEEP:  # stored below
             tl.debug_barrier()
     else:
-        b_y = tl.zeros([sizes.BD, sizes.BC], ACC)
         for i_l in tl.static_range(LAST):
             layer, above = layers[i_l], layers[i_l + 1]
             b_s, b_y = hidden_layer(
-                layer, above, coefficient, b_s, b_y, block, chunk, hidden, i_l, sizes, KEEP
+                layer, above, coefficient, b_s, block, chunk, hidden, i_l, sizes, KEEP
             )
     if sizes.EARLIER:
         b_d = load_t(p_d, o_i, m_p, o_d, m_d, D).to(OP)  # [BD, BT]
@@ -184,7 +183,6 @@ def hidden_layer(
     above,  # the next layer
     coefficient,
     b_s,  # [BT, BC], earlier inputs by the chunk's, weighted
-    b_y,  # [BD, BC]
     block,
     chunk,
     hidden,
@@ -194,13 +192,14 @@ def hidden_layer(
 ):
     """Products of a layer that is not the last, and what the next one makes of them.
 
-    That is b_s of the next layer and, where it is the last, `a (x W) + c (x S)` in b_y.
+    That is b_s of the next layer and, where it is the last, `a (x W) + c (x S)`, [BD, BC].
     """
     o_c, m_c, m_p = chunk.tokens, chunk.mask, chunk.earlier
     D: tl.constexpr = sizes.D
     HIDDEN: tl.constexpr = sizes.HIDDEN
     BT: tl.constexpr = sizes.BT
     BH: tl.constexpr = sizes.BH
+    ACC: tl.constexpr = coefficient.a.dtype.element_ty
     OP: tl.constexpr = above.x.dtype.element_ty
     o_i, o_d, o_h = tl.arange(0, BT), tl.arange(0, sizes.BD), tl.arange(0, BH)
     m_d = o_d < D
@@ -211,7 +210,9 @@ def hidden_layer(
     p_W, p_S = state_of(above, block, i_l + 1, sizes)
     a, c = weights_of(coefficient, block, chunk, i_l + 1, sizes)
     b_g = history(coefficient, block, chunk, i_l + 1, sizes)
-    b_xx = tl.zeros([BT, sizes.BC], b_y.dtype)
+    b_xx = tl.zeros([BT, sizes.BC], ACC)
+    b_W = tl.zeros([sizes.BD, sizes.BC], ACC)
+    b_S = tl.zeros([sizes.BD, sizes.BC], ACC)
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
         m_h = None if HIDDEN % BH == 0 else j + o_h < HIDDEN
         if sizes.EARLIER:
@@ -223,19 +224,19 @@ def hidden_layer(
         if sizes.EARLIER:
             b_z = dot(b_d, b_s, b_z, sizes.PRECISION)
         store_t(p_z, b_z, o_c, m_c, j + o_h, m_h, HIDDEN)
-        b_h = activate(b_z, sizes.ACTIVATION)
+        b_h = activate(b_z, sizes.ACTIVATION).to(OP)
         store_t(p_x, b_h, o_c, m_c, j + o_h, m_h, HIDDEN)
 
         if sizes.EARLIER:
             b_x = load(p_x, o_i, m_p, j + o_h, m_h, HIDDEN)  # [BT, BH]
-            b_xx = dot(b_x, b_h.to(OP), b_xx, sizes.PRECISION)
+            b_xx = dot(b_x, b_h, b_xx, sizes.PRECISION)
         if i_l + 2 == sizes.DEPTH:
             b_w = load_t(p_W, j + o_h, m_h, o_d, m_d, D).to(OP)  # [BD, BH]
-            b_y = dot(b_w, (a * b_h).to(OP), b_y, sizes.PRECISION)
+            b_W = dot(b_w, b_h, b_W, sizes.PRECISION)
             if sizes.EARLIER:
                 b_w = load_t(p_S, j + o_h, m_h, o_d, m_d, D).to(OP)
-                b_y = dot(b_w, (c * b_h).to(OP), b_y, sizes.PRECISION)
-    return (b_g[:, None] * b_xx).to(OP), b_y
+                b_S = dot(b_w, b_h, b_S, sizes.PRECISION)
+    return (b_g[:, None] * b_xx).to(OP), a * b_W + c * b_S
 
 
 @triton.jit
