@@ -223,7 +223,9 @@ def hidden_layer(
             b_z = products(layer, coefficient, block, chunk, j, hidden, i_l, sizes)
         if sizes.EARLIER:
             b_z = dot(b_d, b_s, b_z, sizes.PRECISION)
-        store_t(p_z, b_z, o_c, m_c, j + o_h, m_h, HIDDEN)
+        if KEEP:
+            store_t(p_z, b_z, o_c, m_c, j + o_h, m_h, HIDDEN)
+        store_t(p_d, slope(b_z, sizes.ACTIVATION), o_c, m_c, j + o_h, m_h, HIDDEN)
         b_h = activate(b_z, sizes.ACTIVATION).to(OP)
         store_t(p_x, b_h, o_c, m_c, j + o_h, m_h, HIDDEN)
 
@@ -331,10 +333,9 @@ def hidden_errors(
         if sizes.EARLIER:
             b_x = load_t(p_x, o_i, m_p, j + o_h, m_h, HIDDEN)  # [BH, BT]
             b_h = dot(b_x, b_s, b_h, sizes.PRECISION)
-        b_z = load_t(p_z, o_c, m_c, j + o_h, m_h, HIDDEN)
         if KEEP:
             store_t(p_e, b_h, o_c, m_c, j + o_h, m_h, HIDDEN)
-        b_h = b_h * slope(b_z, sizes.ACTIVATION)
+        b_h *= load_t(p_d, o_c, m_c, j + o_h, m_h, HIDDEN)
         store_t(p_d, b_h, o_c, m_c, j + o_h, m_h, HIDDEN)
         if sizes.EARLIER and i_l > 1:
             b_d = load(p_d, o_i, m_p, j + o_h, m_h, HIDDEN).to(OP)  # [BT, BH]
