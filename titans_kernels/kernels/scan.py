@@ -223,11 +223,11 @@ def hidden_layer(
             b_z = products(layer, coefficient, block, chunk, j, hidden, i_l, sizes)
         if sizes.EARLIER:
             b_z = dot(b_d, b_s, b_z, sizes.PRECISION)
-        if KEEP:
-            store_t(p_z, b_z, o_c, m_c, j + o_h, m_h, HIDDEN)
         store_t(p_d, slope(b_z, sizes.ACTIVATION), o_c, m_c, j + o_h, m_h, HIDDEN)
         b_h = activate(b_z, sizes.ACTIVATION).to(OP)
         store_t(p_x, b_h, o_c, m_c, j + o_h, m_h, HIDDEN)
+        if KEEP:
+            store_t(p_z, b_z, o_c, m_c, j + o_h, m_h, HIDDEN)
 
         if sizes.EARLIER:
             b_x = load(p_x, o_i, m_p, j + o_h, m_h, HIDDEN)  # [BT, BH]
