@@ -46,25 +46,25 @@ def advance_backward(p_k, layer, coefficient, grad, block, ends, i_l: tl.constex
     for i in tl.range(0, end, BR, num_stages=1, disable_licm=True):
         m_d = None if FULL % BR == 0 else i + o_d < FULL
         b_full = load(p_full, o_t, m_t, i + o_d, m_d, STRIDE).to(OP)  # [BT, BR]
-        b_dfull = tl.zeros([BT, BR], ACC)
+        b_dfull_W = tl.zeros([BT, BR], ACC)
+        b_dfull_S = tl.zeros([BT, BR], ACC)
         for j in tl.range(0, ends.hidden, BN, num_stages=1, disable_licm=True):
             m_h = None if SIDE % BN == 0 else j + o_h < SIDE
-            b_side = load(p_side, o_t, m_t, j + o_h, m_h, SIDE).to(ACC)  # [BT, BN]
             b_dw = of_state(p_dW, i + o_d, m_d, j + o_h, m_h, OUT, i_l == 0).to(OP)  # [BR, BN]
-            b_part = dot(b_full, b_dw, None, PRECISION)
-            b_dG -= tl.sum(b_part * b_side, 1)
-            b_dside = b_G[:, None] * b_part
+            b_dside = b_G[:, None] * dot(b_full, b_dw, None, PRECISION)
             b_dw = of_state(p_dS, i + o_d, m_d, j + o_h, m_h, OUT, i_l == 0).to(OP)
-            b_part = dot(b_full, b_dw, None, PRECISION)
-            b_dP -= tl.sum(b_part * b_side, 1)
-            b_dside += b_P[:, None] * b_part
+            b_dside += b_P[:, None] * dot(b_full, b_dw, None, PRECISION)
             b_dside += load(p_dside, o_t, m_t, j + o_h, m_h, SIDE)
             store(p_dside, b_dside, o_t, m_t, j + o_h, m_h, SIDE)
 
+            b_side = load(p_side, o_t, m_t, j + o_h, m_h, SIDE).to(OP)  # [BT, BN]
             b_dw = of_state(p_dW, j + o_h, m_h, i + o_d, m_d, OUT, i_l > 0).to(OP)  # [BN, BR]
-            b_dfull = dot((b_G[:, None] * b_side).to(OP), b_dw, b_dfull, PRECISION)
+            b_dfull_W = dot(b_side, b_dw, b_dfull_W, PRECISION)
             b_dw = of_state(p_dS, j + o_h, m_h, i + o_d, m_d, OUT, i_l > 0).to(OP)
-            b_dfull = dot((b_P[:, None] * b_side).to(OP), b_dw, b_dfull, PRECISION)
+            b_dfull_S = dot(b_side, b_dw, b_dfull_S, PRECISION)
+        b_dG -= tl.sum(b_full.to(ACC) * b_dfull_W, 1)
+        b_dP -= tl.sum(b_full.to(ACC) * b_dfull_S, 1)
+        b_dfull = b_G[:, None] * b_dfull_W + b_P[:, None] * b_dfull_S
         b_dfull += load(p_dfull, o_t, m_t, i + o_d, m_d, FULL)
         store(p_dfull, b_dfull, o_t, m_t, i + o_d, m_d, FULL)
         if FULL > BR:  # the next part adds to what this one stored
