@@ -228,7 +228,7 @@ def errors_backward(b_s, layers, coefficient, grad, block, chunk, ends, i_l: tl.
         else:
             b_dd += b_w
         store_t(p_dd, b_dd, o_c, m_c, i + o_o, m_r, OUT)
-    b_dG = tl.sum(b_ex * b_dd2, 1)
+    b_dG = b_ex * b_dd2
     return ErrorsBackward(G=b_gx, xx=b_xx, dd=(b_g * b_dd2).to(OP), dG=b_dG, da=b_da, dc=b_dc)
 
 
@@ -300,7 +300,7 @@ def products_backward(
             b_d = load_t(p_d, o_c, m_c, i + o_o, m_r, OUT).to(OP)
             b_l = load(p_dz, o_i, m_l, i + o_o, m_r, OUT).to(OP)
             b_gd = dot(b_l, b_d, b_gd, PRECISION)
-    b_dG += tl.sum(b_xx * b_gd, 1)
+    b_dG = tl.sum(b_dG + b_xx * b_gd, 1)
     b_ggd = (b_gx * b_gd).to(OP)
     b_pa = tl.zeros([BH, BC], ACC)
     b_pc = tl.zeros([BH, BC], ACC)

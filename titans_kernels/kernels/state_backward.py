@@ -118,9 +118,9 @@ def hand_back(
     else:
         query, key = (query_layer.h + o_in, query_layer.z + o_out), (layer.x + o_in, grad.d + o_out)
         m_q = m_t
-    b_da = tl.zeros([BN], ACC)
-    b_dc = tl.zeros([BN], ACC)
-    b_dp = tl.zeros([BN], ACC)
+    b_da = tl.zeros([BR, BN], ACC)
+    b_dc = tl.zeros([BR, BN], ACC)
+    b_dp = tl.zeros([BR, BN], ACC)
     end_in = ends.width if IN == sizes.D else ends.hidden
     end_out = ends.width if OUT == sizes.D else ends.hidden
     for i in tl.range(0, end_in, BR, num_stages=1, disable_licm=True):
@@ -134,9 +134,9 @@ def hand_back(
             # Four to a thread, as of W: eight, as fit in an access, would be moved to W's layout.
             b_s = load(layer.S + o_b, o_r, m_r, o_n, m_n, OUT, 4).to(ACC)
             b_w = load(layer.W_exact + o_b, o_r, m_r, o_n, m_n, OUT)
-            b_da += tl.sum(b_w * b_dw, 0)
-            b_dc += tl.sum(b_s * b_dw, 0)
-            b_dp += tl.sum(b_s * b_ds, 0)
+            b_da += b_w * b_dw
+            b_dc += b_s * b_dw
+            b_dp += b_s * b_ds
             b_ds = c * b_dw + p * b_ds
             b_dw = a * b_dw
             if sizes.READ == "token":
@@ -171,7 +171,7 @@ def hand_back(
                 b_dw, b_ds = b_wk, b_sk
             store(grad.W + o_s, b_dw, o_r, m_r, o_n, m_n, OUT)
             store(grad.S + o_s, b_ds, o_r, m_r, o_n, m_n, OUT)
-    return tl.sum(b_da, 0), tl.sum(b_dc, 0), tl.sum(b_dp, 0)
+    return tl.sum(b_da), tl.sum(b_dc), tl.sum(b_dp)
 
 
 @triton.jit
