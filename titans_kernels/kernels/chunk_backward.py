@@ -165,7 +165,8 @@ def errors_backward(b_s, layers, coefficient, grad, block, chunk, ends, i_l: tl.
     p_below = grad.layers[i_l - 1].d + o_in
     a, c = weights_of(coefficient, block, chunk, i_l, sizes)
 
-    b_ex = tl.zeros([BT, BC], ACC)  # de by x: the later's by ours, ours by earlier ones'
+    b_ex = tl.zeros([BT, BC], ACC)  # de by x: ours by all,
+    b_lx = tl.zeros([BT, BC], ACC)  # the later's by ours
     b_xx = tl.zeros([BT, BC], ACC)  # x by x
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
         m_h = None if HIDDEN % BH == 0 else j + o_h < HIDDEN
@@ -185,11 +186,11 @@ def errors_backward(b_s, layers, coefficient, grad, block, chunk, ends, i_l: tl.
         b_x = load_t(p_x, o_c, m_c, j + o_h, m_h, HIDDEN)  # [BH, BC]
         if sizes.EARLIER:
             b_l = load(p_de, o_i, m_l, j + o_h, m_h, HIDDEN)  # [BT, BH]
-            b_ex = dot(b_l, b_x, b_ex, PRECISION)
+            b_lx = dot(b_l, b_x, b_lx, PRECISION)
             b_o = load(p_x, o_i, m_o, j + o_h, m_h, HIDDEN)  # [BT, BH]
             b_xx = dot(b_o, b_x, b_xx, PRECISION)
-            b_o = tl.where(m_p[:, None], b_o, 0.0).to(OP)
             b_ex = dot(b_o, b_de, b_ex, PRECISION)
+    b_ex = tl.where(m_p[:, None], b_ex, b_lx)
     # what later keys read the layer with of ours, and ours of earlier ones'
     b_g = later(coefficient, block, chunk, i_l, sizes)
     b_gx = tl.where(m_p[:, None], history(coefficient, block, chunk, i_l, sizes)[:, None], b_g)

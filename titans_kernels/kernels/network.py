@@ -41,14 +41,14 @@ def slope(z, ACTIVATION: tl.constexpr):
     """The derivative of `activate`."""
     if ACTIVATION == "gelu_tanh":
         s = logistic(z * (z * z * _ECB + _EC))
-        w = z * (z * z * (3.0 * _CB) + _C)
-        return s + s * (w - s * w)
+        du = z * z * (3.0 * _CB) + _C
+        return s + (s - s * s) * (z * du)
     elif ACTIVATION == "gelu":
         density = tl.exp(-0.5 * z * z) * 0.3989422804014327
         return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476) + z * density
     elif ACTIVATION == "silu":
         s = logistic(_E * z)
-        return s + s * (z - s * z)
+        return s + (s - s * s) * z
     elif ACTIVATION == "relu":
         return tl.where(z > 0.0, 1.0, 0.0).to(z.dtype)
     else:
@@ -61,13 +61,13 @@ def curvature(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu_tanh":  # of z s(u): s'(u) ((z u' (1 - 2 s) + 4) u' - 2 c)
         s = logistic(z * (z * z * _ECB + _EC))
         du = z * z * (3.0 * _CB) + _C
-        return s * (1.0 - s) * ((z * du * (1.0 - 2.0 * s) + 4.0) * du - 2.0 * _C)
+        return (s - s * s) * ((z * du * (1.0 - 2.0 * s) + 4.0) * du - 2.0 * _C)
     elif ACTIVATION == "gelu":
         density = tl.exp(-0.5 * z * z) * 0.3989422804014327
         return density * (2.0 - z * z)
     elif ACTIVATION == "silu":
         s = logistic(_E * z)
-        return s * (1.0 - s) * (2.0 + z * (1.0 - 2.0 * s))
+        return (s - s * s) * (2.0 + z * (1.0 - 2.0 * s))
     else:
         return tl.zeros(z.shape, z.dtype)
 
