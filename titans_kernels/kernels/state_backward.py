@@ -92,7 +92,8 @@ def hand_back(
 ):
     """A layer's state gradient, from the block's end to its start; returns da, dc, dp of the end.
 
-    Queries read the state, and keys; of any layer but the first, errors too.
+    Queries read the state, and keys; of any layer but the first, errors too. The outer loop holds
+    what they read with, inputs of the first layer, gradients of the products of any other.
     """
     IN: tl.constexpr = sizes.WIDTHS[i_l]
     OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
@@ -101,104 +102,129 @@ def hand_back(
     BN: tl.constexpr = sizes.BH if sizes.BH < 32 else 32
     STRIDE: tl.constexpr = sizes.H * IN if i_l == 0 else IN
     ACC: tl.constexpr = grad.W.dtype.element_ty
-    i_s, i_b, o_row, m_q = block.state, block.slot, readers.row, readers.mask
+    i_b, o_row, m_q = block.slot, readers.row, readers.mask
     o_t, i_g = tl.arange(0, BT), i_b * sizes.L + sizes.GATES[i_l]
     m_t = o_t < block.count
     p_a, p_c = coefficient.a + i_g * BT, coefficient.c + i_g * BT
-    p_end = coefficient.end + i_g * (4 + 2 * BT)
-    a, c, p = tl.load(p_end), tl.load(p_end + 1), tl.load(p_end + 2)
-    b_a = tl.load(p_a + o_t, mask=m_t, other=0.0)
-    b_c = tl.load(p_c + o_t, mask=m_t, other=0.0)
     b_ak = tl.load(p_a + o_row, mask=o_row >= 0, other=1.0)
     b_ck = tl.load(p_c + o_row, mask=o_row >= 0, other=0.0)
-    o_in, o_out = i_b * BT * IN, i_b * BT * OUT
-    o_s, o_b = i_s * IN * OUT, i_b * IN * OUT
-    if i_l == 0:
-        query, key = (readers.q, query_layer.z + o_out), (readers.k, grad.d + o_out)
+    if sizes.READ == "token":
+        b_a = tl.load(p_a + o_t, mask=m_t, other=0.0)
+        b_c = tl.load(p_c + o_t, mask=m_t, other=0.0)
     else:
-        query, key = (query_layer.h + o_in, query_layer.z + o_out), (layer.x + o_in, grad.d + o_out)
+        b_a, b_c = b_ak, b_ck
+    o_in, o_out = i_b * BT * IN, i_b * BT * OUT
+    p_gq, p_gk = query_layer.z + o_out, grad.d + o_out
+    p_ge = layer.d + o_out
+    if i_l == 0:
+        p_hq, p_hk = readers.q, readers.k
+        p_he = p_hk
+    else:
+        p_hq, p_hk = query_layer.h + o_in, layer.x + o_in
+        p_he = grad.e + o_in
         m_q = m_t
     b_da = tl.zeros([BR, BN], ACC)
     b_dc = tl.zeros([BR, BN], ACC)
     b_dp = tl.zeros([BR, BN], ACC)
     end_in = ends.width if IN == sizes.D else ends.hidden
     end_out = ends.width if OUT == sizes.D else ends.hidden
-    for i in tl.range(0, end_in, BR, num_stages=1, disable_licm=True):
-        o_r = i + tl.arange(0, BR)
+    if i_l == 0:
+        for i in tl.range(0, end_in, BR, num_stages=1, disable_licm=True):
+            o_r = i + tl.arange(0, BR)
+            m_r = None if IN % BR == 0 else o_r < IN
+            b_hq = load_t(p_hq, o_t, m_q, o_r, m_r, STRIDE)
+            b_hk = load_t(p_hk, o_t, m_t, o_r, m_r, STRIDE)
+            for j in tl.range(0, end_out, BN, num_stages=1, disable_licm=True):
+                o_n = j + tl.arange(0, BN)
+                m_n = None if OUT % BN == 0 else o_n < OUT
+                gq = scaled(p_gq, b_a, b_c, o_t, m_q, o_n, m_n, OUT, b_hq.dtype)
+                gk = scaled(p_gk, b_ak, b_ck, o_t, m_t, o_n, m_n, OUT, b_hq.dtype)
+                read = ((b_hq, gq), (b_hk, gk))
+                b_da, b_dc, b_dp = hand_back_tile(
+                    read, (b_da, b_dc, b_dp), readers, layer, coefficient, grad, block,
+                    o_r, m_r, o_n, m_n, i_l, sizes
+                )
+    else:
         for j in tl.range(0, end_out, BN, num_stages=1, disable_licm=True):
             o_n = j + tl.arange(0, BN)
-            m_r = None if IN % BR == 0 else o_r < IN
             m_n = None if OUT % BN == 0 else o_n < OUT
-            b_dw = load(grad.W + o_s, o_r, m_r, o_n, m_n, OUT)
-            b_ds = load(grad.S + o_s, o_r, m_r, o_n, m_n, OUT)
-            # Four to a thread, as of W: eight, as fit in an access, would be moved to W's layout.
-            b_s = load(layer.S + o_b, o_r, m_r, o_n, m_n, OUT, 4).to(ACC)
-            b_w = load(layer.W_exact + o_b, o_r, m_r, o_n, m_n, OUT)
-            b_da += b_w * b_dw
-            b_dc += b_s * b_dw
-            b_dp += b_s * b_ds
-            b_ds = c * b_dw + p * b_ds
-            b_dw = a * b_dw
-            if sizes.READ == "token":
-                b_dw, b_ds = add_readers(
-                    query, m_q, b_a, b_c, b_dw, b_ds, o_r, m_r, o_n, m_n, i_l, sizes, STRIDE, True
+            gq = scaled(p_gq, b_a, b_c, o_t, m_q, o_n, m_n, OUT, p_hq.dtype.element_ty)
+            gk = scaled(p_gk, b_ak, b_ck, o_t, m_t, o_n, m_n, OUT, p_hq.dtype.element_ty)
+            ge = scaled(p_ge, b_ak, b_ck, o_t, m_t, o_n, m_n, OUT, p_hq.dtype.element_ty)
+            for i in tl.range(0, end_in, BR, num_stages=1, disable_licm=True):
+                o_r = i + tl.arange(0, BR)
+                m_r = None if IN % BR == 0 else o_r < IN
+                b_hq = load_t(p_hq, o_t, m_q, o_r, m_r, STRIDE)
+                b_hk = load_t(p_hk, o_t, m_t, o_r, m_r, STRIDE)
+                b_he = load_t(p_he, o_t, m_t, o_r, m_r, STRIDE)
+                read = ((b_hq, gq), (b_hk, gk), (b_he, ge))
+                b_da, b_dc, b_dp = hand_back_tile(
+                    read, (b_da, b_dc, b_dp), readers, layer, coefficient, grad, block,
+                    o_r, m_r, o_n, m_n, i_l, sizes
                 )
-            b_wk, b_sk = b_dw, b_ds
-            if sizes.SPAN > 1:
-                b_wk = load(grad.W_anchor + o_s, o_r, m_r, o_n, m_n, OUT)
-                b_sk = load(grad.S_anchor + o_s, o_r, m_r, o_n, m_n, OUT)
-            b_wk, b_sk = add_readers(
-                key, m_t, b_ak, b_ck, b_wk, b_sk, o_r, m_r, o_n, m_n, i_l, sizes, STRIDE, sizes.EARLIER
-            )
-            if sizes.READ == "chunk":
-                b_wk, b_sk = add_readers(
-                    query, m_q, b_ak, b_ck, b_wk, b_sk, o_r, m_r, o_n, m_n, i_l, sizes, STRIDE, sizes.EARLIER
-                )
-            if i_l > 0:
-                error = (grad.e + o_in, layer.d + o_out)
-                b_wk, b_sk = add_readers(
-                    error, m_t, b_ak, b_ck, b_wk, b_sk, o_r, m_r, o_n, m_n, i_l, sizes, STRIDE, sizes.EARLIER
-                )
-            if sizes.SPAN > 1:
-                if readers.begins:  # the block's state and the chunk's are one
-                    b_dw += b_wk
-                    b_ds += b_sk
-                    b_wk = tl.zeros_like(b_wk)
-                    b_sk = tl.zeros_like(b_sk)
-                store(grad.W_anchor + o_s, b_wk, o_r, m_r, o_n, m_n, OUT)
-                store(grad.S_anchor + o_s, b_sk, o_r, m_r, o_n, m_n, OUT)
-            else:
-                b_dw, b_ds = b_wk, b_sk
-            store(grad.W + o_s, b_dw, o_r, m_r, o_n, m_n, OUT)
-            store(grad.S + o_s, b_ds, o_r, m_r, o_n, m_n, OUT)
     return tl.sum(b_da), tl.sum(b_dc), tl.sum(b_dp)
 
 
 @triton.jit
-def add_readers(
-    reader,  # what was read with, h [BT, IN], and the gradient of its product, g [BT, OUT]
-    m_t,
-    b_a,  # [BT]
-    b_c,
-    b_dw,  # [BR, BN]
-    b_ds,
-    o_r,
-    m_r,
-    o_n,
-    m_n,
-    i_l: tl.constexpr,
-    sizes,
-    STRIDE: tl.constexpr,  # of h
-    MOMENTUM: tl.constexpr,  # whether they read S too: else c is 0
-):
-    """What readers give a tile of the state's gradient."""
-    p_h, p_g = reader
+def scaled(p_g, b_a, b_c, o_t, m_t, o_n, m_n, OUT: tl.constexpr, OP: tl.constexpr):
+    """`a g` and `c g` of readers, [BT, BN]."""
+    b_g = load(p_g, o_t, m_t, o_n, m_n, OUT)
+    return (b_a[:, None] * b_g).to(OP), (b_c[:, None] * b_g).to(OP)
+
+
+@triton.jit
+def hand_back_tile(read, sums, readers, layer, coefficient, grad, block, o_r, m_r, o_n, m_n,
+                   i_l: tl.constexpr, sizes):
+    IN: tl.constexpr = sizes.WIDTHS[i_l]
     OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
-    OP: tl.constexpr = p_h.dtype.element_ty
-    o_t = tl.arange(0, sizes.BT)
-    b_h = load_t(p_h, o_t, m_t, o_r, m_r, STRIDE)  # [BR, BT]
-    b_g = load(p_g, o_t, m_t, o_n, m_n, OUT)  # [BT, BN]
-    b_dw = dot(b_h, (b_a[:, None] * b_g).to(OP), b_dw, sizes.PRECISION)
+    BT: tl.constexpr = sizes.BT
+    ACC: tl.constexpr = grad.W.dtype.element_ty
+    MOMENTUM: tl.constexpr = sizes.EARLIER
+    o_s, o_b = block.state * IN * OUT, block.slot * IN * OUT
+    p_end = coefficient.end + (block.slot * sizes.L + sizes.GATES[i_l]) * (4 + 2 * BT)
+    a, c, p = tl.load(p_end), tl.load(p_end + 1), tl.load(p_end + 2)
+    b_da, b_dc, b_dp = sums
+    b_dw = load(grad.W + o_s, o_r, m_r, o_n, m_n, OUT)
+    b_ds = load(grad.S + o_s, o_r, m_r, o_n, m_n, OUT)
+    # Four to a thread, as of W: eight, as fit in an access, would be moved to W's layout.
+    b_s = load(layer.S + o_b, o_r, m_r, o_n, m_n, OUT, 4).to(ACC)
+    b_w = load(layer.W_exact + o_b, o_r, m_r, o_n, m_n, OUT)
+    b_da += b_w * b_dw
+    b_dc += b_s * b_dw
+    b_dp += b_s * b_ds
+    b_ds = c * b_dw + p * b_ds
+    b_dw = a * b_dw
+    if sizes.READ == "token":
+        b_dw, b_ds = add_reader(read[0], b_dw, b_ds, True, sizes)
+    b_wk, b_sk = b_dw, b_ds
+    if sizes.SPAN > 1:
+        b_wk = load(grad.W_anchor + o_s, o_r, m_r, o_n, m_n, OUT)
+        b_sk = load(grad.S_anchor + o_s, o_r, m_r, o_n, m_n, OUT)
+    b_wk, b_sk = add_reader(read[1], b_wk, b_sk, MOMENTUM, sizes)
+    if sizes.READ == "chunk":
+        b_wk, b_sk = add_reader(read[0], b_wk, b_sk, MOMENTUM, sizes)
+    if i_l > 0:
+        b_wk, b_sk = add_reader(read[2], b_wk, b_sk, MOMENTUM, sizes)
+    if sizes.SPAN > 1:
+        if readers.begins:  # the block's state and the chunk's are one
+            b_dw += b_wk
+            b_ds += b_sk
+            b_wk = tl.zeros_like(b_wk)
+            b_sk = tl.zeros_like(b_sk)
+        store(grad.W_anchor + o_s, b_wk, o_r, m_r, o_n, m_n, OUT)
+        store(grad.S_anchor + o_s, b_sk, o_r, m_r, o_n, m_n, OUT)
+    else:
+        b_dw, b_ds = b_wk, b_sk
+    store(grad.W + o_s, b_dw, o_r, m_r, o_n, m_n, OUT)
+    store(grad.S + o_s, b_ds, o_r, m_r, o_n, m_n, OUT)
+    return b_da, b_dc, b_dp
+
+
+@triton.jit
+def add_reader(reader, b_dw, b_ds, MOMENTUM: tl.constexpr, sizes):
+    """What readers give a tile of the state's gradient."""
+    b_h, (b_ag, b_cg) = reader
+    b_dw = dot(b_h, b_ag, b_dw, sizes.PRECISION)
     if MOMENTUM:
-        b_ds = dot(b_h, (b_c[:, None] * b_g).to(OP), b_ds, sizes.PRECISION)
+        b_ds = dot(b_h, b_cg, b_ds, sizes.PRECISION)
     return b_dw, b_ds
