@@ -92,37 +92,27 @@ def hand_back(
 ):
     """A layer's state gradient, from the block's end to its start; returns da, dc, dp of the end.
 
-    Queries read the state, and keys; of any layer but the first, errors too. The outer loop holds
-    what they read with, inputs of the first layer, gradients of the products of any other.
+    Queries read the state, and keys; of any layer but the first, errors too. What they read with is
+    held by the outer loop: inputs of the first layer, gradients of the products of any other.
     """
     IN: tl.constexpr = sizes.WIDTHS[i_l]
     OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
     BT: tl.constexpr = sizes.BT
     BR: tl.constexpr = sizes.BR
     BN: tl.constexpr = sizes.BH if sizes.BH < 32 else 32
-    STRIDE: tl.constexpr = sizes.H * IN if i_l == 0 else IN
     ACC: tl.constexpr = grad.W.dtype.element_ty
-    i_b, o_row, m_q = block.slot, readers.row, readers.mask
-    o_t, i_g = tl.arange(0, BT), i_b * sizes.L + sizes.GATES[i_l]
-    m_t = o_t < block.count
+    o_t, o_row, i_g = tl.arange(0, BT), readers.row, block.slot * sizes.L + sizes.GATES[i_l]
     p_a, p_c = coefficient.a + i_g * BT, coefficient.c + i_g * BT
     b_ak = tl.load(p_a + o_row, mask=o_row >= 0, other=1.0)
     b_ck = tl.load(p_c + o_row, mask=o_row >= 0, other=0.0)
+    b_aq, b_cq = b_ak, b_ck
     if sizes.READ == "token":
-        b_a = tl.load(p_a + o_t, mask=m_t, other=0.0)
-        b_c = tl.load(p_c + o_t, mask=m_t, other=0.0)
-    else:
-        b_a, b_c = b_ak, b_ck
-    o_in, o_out = i_b * BT * IN, i_b * BT * OUT
-    p_gq, p_gk = query_layer.z + o_out, grad.d + o_out
-    p_ge = layer.d + o_out
-    if i_l == 0:
-        p_hq, p_hk = readers.q, readers.k
-        p_he = p_hk
-    else:
-        p_hq, p_hk = query_layer.h + o_in, layer.x + o_in
-        p_he = grad.e + o_in
-        m_q = m_t
+        b_aq = tl.load(p_a + o_t, mask=o_t < block.count, other=0.0)
+        b_cq = tl.load(p_c + o_t, mask=o_t < block.count, other=0.0)
+    weights = (b_aq, b_cq, b_ak, b_ck)
+    p_end = coefficient.end + i_g * (4 + 2 * BT)
+    end = (tl.load(p_end), tl.load(p_end + 1), tl.load(p_end + 2))  # a, c, p
+
     b_da = tl.zeros([BR, BN], ACC)
     b_dc = tl.zeros([BR, BN], ACC)
     b_dp = tl.zeros([BR, BN], ACC)
@@ -131,80 +121,107 @@ def hand_back(
     if i_l == 0:
         for i in tl.range(0, end_in, BR, num_stages=1, disable_licm=True):
             o_r = i + tl.arange(0, BR)
-            m_r = None if IN % BR == 0 else o_r < IN
-            b_hq = load_t(p_hq, o_t, m_q, o_r, m_r, STRIDE)
-            b_hk = load_t(p_hk, o_t, m_t, o_r, m_r, STRIDE)
+            h = inputs_of(readers, layer, query_layer, grad, block, o_r, i_l, sizes)
             for j in tl.range(0, end_out, BN, num_stages=1, disable_licm=True):
                 o_n = j + tl.arange(0, BN)
-                m_n = None if OUT % BN == 0 else o_n < OUT
-                gq = scaled(p_gq, b_a, b_c, o_t, m_q, o_n, m_n, OUT, b_hq.dtype)
-                gk = scaled(p_gk, b_ak, b_ck, o_t, m_t, o_n, m_n, OUT, b_hq.dtype)
-                read = ((b_hq, gq), (b_hk, gk))
-                b_da, b_dc, b_dp = hand_back_tile(
-                    read, (b_da, b_dc, b_dp), readers, layer, coefficient, grad, block,
-                    o_r, m_r, o_n, m_n, i_l, sizes
+                g = gradients_of(readers, weights, layer, query_layer, grad, block, o_n, i_l, sizes)
+                w, s, b_dw, b_ds = hand_back_tile(
+                    h, g, end, readers, layer, grad, block, o_r, o_n, i_l, sizes
                 )
+                b_da, b_dc, b_dp = b_da + w * b_dw, b_dc + s * b_dw, b_dp + s * b_ds
     else:
         for j in tl.range(0, end_out, BN, num_stages=1, disable_licm=True):
             o_n = j + tl.arange(0, BN)
-            m_n = None if OUT % BN == 0 else o_n < OUT
-            gq = scaled(p_gq, b_a, b_c, o_t, m_q, o_n, m_n, OUT, p_hq.dtype.element_ty)
-            gk = scaled(p_gk, b_ak, b_ck, o_t, m_t, o_n, m_n, OUT, p_hq.dtype.element_ty)
-            ge = scaled(p_ge, b_ak, b_ck, o_t, m_t, o_n, m_n, OUT, p_hq.dtype.element_ty)
+            g = gradients_of(readers, weights, layer, query_layer, grad, block, o_n, i_l, sizes)
             for i in tl.range(0, end_in, BR, num_stages=1, disable_licm=True):
                 o_r = i + tl.arange(0, BR)
-                m_r = None if IN % BR == 0 else o_r < IN
-                b_hq = load_t(p_hq, o_t, m_q, o_r, m_r, STRIDE)
-                b_hk = load_t(p_hk, o_t, m_t, o_r, m_r, STRIDE)
-                b_he = load_t(p_he, o_t, m_t, o_r, m_r, STRIDE)
-                read = ((b_hq, gq), (b_hk, gk), (b_he, ge))
-                b_da, b_dc, b_dp = hand_back_tile(
-                    read, (b_da, b_dc, b_dp), readers, layer, coefficient, grad, block,
-                    o_r, m_r, o_n, m_n, i_l, sizes
+                h = inputs_of(readers, layer, query_layer, grad, block, o_r, i_l, sizes)
+                w, s, b_dw, b_ds = hand_back_tile(
+                    h, g, end, readers, layer, grad, block, o_r, o_n, i_l, sizes
                 )
+                b_da, b_dc, b_dp = b_da + w * b_dw, b_dc + s * b_dw, b_dp + s * b_ds
     return tl.sum(b_da), tl.sum(b_dc), tl.sum(b_dp)
 
 
 @triton.jit
-def scaled(p_g, b_a, b_c, o_t, m_t, o_n, m_n, OUT: tl.constexpr, OP: tl.constexpr):
-    """`a g` and `c g` of readers, [BT, BN]."""
-    b_g = load(p_g, o_t, m_t, o_n, m_n, OUT)
-    return (b_a[:, None] * b_g).to(OP), (b_c[:, None] * b_g).to(OP)
+def inputs_of(readers, layer, query_layer, grad, block, o_r, i_l: tl.constexpr, sizes):
+    """What queries, keys and errors read a layer with, [BR, BT] each; errors not the first one."""
+    IN: tl.constexpr = sizes.WIDTHS[i_l]
+    BR: tl.constexpr = o_r.shape[0]
+    o_t, o = tl.arange(0, sizes.BT), block.slot * sizes.BT * IN
+    m_t, m_r = o_t < block.count, None if IN % BR == 0 else o_r < IN
+    if i_l == 0:
+        b_q = load_t(readers.q, o_t, readers.mask, o_r, m_r, sizes.H * IN)
+        b_k = load_t(readers.k, o_t, m_t, o_r, m_r, sizes.H * IN)
+        return b_q, b_k, b_k
+    else:
+        b_q = load_t(query_layer.h + o, o_t, m_t, o_r, m_r, IN)
+        b_k = load_t(layer.x + o, o_t, m_t, o_r, m_r, IN)
+        return b_q, b_k, load_t(grad.e + o, o_t, m_t, o_r, m_r, IN)
 
 
 @triton.jit
-def hand_back_tile(read, sums, readers, layer, coefficient, grad, block, o_r, m_r, o_n, m_n,
-                   i_l: tl.constexpr, sizes):
+def gradients_of(
+    readers, weights, layer, query_layer, grad, block, o_n, i_l: tl.constexpr, sizes
+):
+    """The gradients g of their products, `a g` and `c g`, [BT, BN] each."""
+    b_aq, b_cq, b_ak, b_ck = weights
+    OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
+    BN: tl.constexpr = o_n.shape[0]
+    OP: tl.constexpr = readers.k.dtype.element_ty
+    o_t, o = tl.arange(0, sizes.BT), block.slot * sizes.BT * OUT
+    m_t, m_n = o_t < block.count, None if OUT % BN == 0 else o_n < OUT
+    b_g = load(query_layer.z + o, o_t, readers.mask if i_l == 0 else m_t, o_n, m_n, OUT)
+    q = ((b_aq[:, None] * b_g).to(OP), (b_cq[:, None] * b_g).to(OP))
+    b_g = load(grad.d + o, o_t, m_t, o_n, m_n, OUT)
+    k = ((b_ak[:, None] * b_g).to(OP), (b_ck[:, None] * b_g).to(OP))
+    if i_l == 0:
+        return q, k, k
+    else:
+        b_g = load(layer.d + o, o_t, m_t, o_n, m_n, OUT)
+        return q, k, ((b_ak[:, None] * b_g).to(OP), (b_ck[:, None] * b_g).to(OP))
+
+
+@triton.jit
+def hand_back_tile(
+    h,  # of `inputs_of`
+    g,  # of `gradients_of`
+    end,
+    readers,
+    layer,
+    grad,
+    block,
+    o_r,
+    o_n,
+    i_l: tl.constexpr,
+    sizes,
+):
+    """A tile of the gradient; returns those of the state, and what the block's end had given it."""
+    a, c, p = end
     IN: tl.constexpr = sizes.WIDTHS[i_l]
     OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
-    BT: tl.constexpr = sizes.BT
+    BR: tl.constexpr = o_r.shape[0]
+    BN: tl.constexpr = o_n.shape[0]
     ACC: tl.constexpr = grad.W.dtype.element_ty
-    MOMENTUM: tl.constexpr = sizes.EARLIER
+    m_r, m_n = None if IN % BR == 0 else o_r < IN, None if OUT % BN == 0 else o_n < OUT
     o_s, o_b = block.state * IN * OUT, block.slot * IN * OUT
-    p_end = coefficient.end + (block.slot * sizes.L + sizes.GATES[i_l]) * (4 + 2 * BT)
-    a, c, p = tl.load(p_end), tl.load(p_end + 1), tl.load(p_end + 2)
-    b_da, b_dc, b_dp = sums
-    b_dw = load(grad.W + o_s, o_r, m_r, o_n, m_n, OUT)
-    b_ds = load(grad.S + o_s, o_r, m_r, o_n, m_n, OUT)
+    b_dw_end = load(grad.W + o_s, o_r, m_r, o_n, m_n, OUT)
+    b_ds_end = load(grad.S + o_s, o_r, m_r, o_n, m_n, OUT)
     # Four to a thread, as of W: eight, as fit in an access, would be moved to W's layout.
     b_s = load(layer.S + o_b, o_r, m_r, o_n, m_n, OUT, 4).to(ACC)
     b_w = load(layer.W_exact + o_b, o_r, m_r, o_n, m_n, OUT)
-    b_da += b_w * b_dw
-    b_dc += b_s * b_dw
-    b_dp += b_s * b_ds
-    b_ds = c * b_dw + p * b_ds
-    b_dw = a * b_dw
+    b_dw, b_ds = a * b_dw_end, c * b_dw_end + p * b_ds_end
     if sizes.READ == "token":
-        b_dw, b_ds = add_reader(read[0], b_dw, b_ds, True, sizes)
+        b_dw, b_ds = add_readers(h[0], g[0], b_dw, b_ds, True, sizes)
     b_wk, b_sk = b_dw, b_ds
     if sizes.SPAN > 1:
         b_wk = load(grad.W_anchor + o_s, o_r, m_r, o_n, m_n, OUT)
         b_sk = load(grad.S_anchor + o_s, o_r, m_r, o_n, m_n, OUT)
-    b_wk, b_sk = add_reader(read[1], b_wk, b_sk, MOMENTUM, sizes)
+    b_wk, b_sk = add_readers(h[1], g[1], b_wk, b_sk, sizes.EARLIER, sizes)
     if sizes.READ == "chunk":
-        b_wk, b_sk = add_reader(read[0], b_wk, b_sk, MOMENTUM, sizes)
+        b_wk, b_sk = add_readers(h[0], g[0], b_wk, b_sk, sizes.EARLIER, sizes)
     if i_l > 0:
-        b_wk, b_sk = add_reader(read[2], b_wk, b_sk, MOMENTUM, sizes)
+        b_wk, b_sk = add_readers(h[2], g[2], b_wk, b_sk, sizes.EARLIER, sizes)
     if sizes.SPAN > 1:
         if readers.begins:  # the block's state and the chunk's are one
             b_dw += b_wk
@@ -217,13 +234,13 @@ def hand_back_tile(read, sums, readers, layer, coefficient, grad, block, o_r, m_
         b_dw, b_ds = b_wk, b_sk
     store(grad.W + o_s, b_dw, o_r, m_r, o_n, m_n, OUT)
     store(grad.S + o_s, b_ds, o_r, m_r, o_n, m_n, OUT)
-    return b_da, b_dc, b_dp
+    return b_w, b_s, b_dw_end, b_ds_end
 
 
 @triton.jit
-def add_reader(reader, b_dw, b_ds, MOMENTUM: tl.constexpr, sizes):
-    """What readers give a tile of the state's gradient."""
-    b_h, (b_ag, b_cg) = reader
+def add_readers(b_h, b_g, b_dw, b_ds, MOMENTUM: tl.constexpr, sizes):
+    """What readers give a tile; without MOMENTUM they do not read S."""
+    b_ag, b_cg = b_g
     b_dw = dot(b_h, b_ag, b_dw, sizes.PRECISION)
     if MOMENTUM:
         b_ds = dot(b_h, b_cg, b_ds, sizes.PRECISION)
