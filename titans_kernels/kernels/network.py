@@ -28,7 +28,7 @@ def activate(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         return z * (0.5 + 0.5 * tl.erf(z * 0.7071067811865476))
     elif ACTIVATION == "silu":
-        return z * logistic(_E * z)
+        return z * logistic(z * _E)
     elif ACTIVATION == "relu":
         return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
@@ -47,7 +47,7 @@ def slope(z, ACTIVATION: tl.constexpr):
         density = tl.exp(-0.5 * z * z) * 0.3989422804014327
         return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476) + z * density
     elif ACTIVATION == "silu":
-        s = logistic(_E * z)
+        s = logistic(z * _E)
         return s + (s - s * s) * z
     elif ACTIVATION == "relu":
         return tl.where(z > 0.0, 1.0, 0.0).to(z.dtype)
@@ -66,7 +66,7 @@ def curvature(z, ACTIVATION: tl.constexpr):
         density = tl.exp(-0.5 * z * z) * 0.3989422804014327
         return density * (2.0 - z * z)
     elif ACTIVATION == "silu":
-        s = logistic(_E * z)
+        s = logistic(z * _E)
         return (s - s * s) * (2.0 + z * (1.0 - 2.0 * s))
     else:
         return tl.zeros(z.shape, z.dtype)

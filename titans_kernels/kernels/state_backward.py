@@ -161,9 +161,7 @@ def inputs_of(readers, layer, query_layer, grad, block, o_r, i_l: tl.constexpr, 
 
 
 @triton.jit
-def gradients_of(
-    readers, weights, layer, query_layer, grad, block, o_n, i_l: tl.constexpr, sizes
-):
+def gradients_of(readers, weights, layer, query_layer, grad, block, o_n, i_l: tl.constexpr, sizes):
     """The gradients g of their products, `a g` and `c g`, [BT, BN] each."""
     b_aq, b_cq, b_ak, b_ck = weights
     OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
