@@ -72,6 +72,7 @@ TRAINING = (
     blocks(32, 64, 128),
     one("slice", 32, 64, 128),
     one("rows", 32, 64, 128),
+    one("columns", 16, 32),
     schedules("recall"),
     *map(warps, ("retrieve_backward", "scan_backward", "inputs_backward")),
 )

@@ -86,7 +86,7 @@ def inputs_backward_kernel(
     # [BT, BT] tiles are keys by tokens.
     b_gD = tl.zeros([BT, BT], ACC)
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-        m_s = j + o_h < HIDDEN
+        m_s = None if HIDDEN % BH == 0 else j + o_h < HIDDEN
         b_g = load_t(p_g + j, o_t, m_t, o_h, m_s, HIDDEN).to(OP)  # [BH, BT]
         b_d = load(p_d + j, o_t, m_t, o_h, m_s, HIDDEN).to(OP)  # [BT, BH]
         b_gD = dot(b_d, b_g, b_gD, PRECISION)
@@ -117,11 +117,11 @@ def inputs_backward_kernel(
     b_dc = tl.zeros([BT], ACC)
     for i in tl.range(0, width, BR, num_stages=1, disable_licm=True):
         o_r = i + tl.arange(0, BR)
-        m_r = o_r < D
+        m_r = None if D % BR == 0 else o_r < D
         b_gW = tl.zeros([BR, BT], ACC)
         b_gS = tl.zeros([BR, BT], ACC)
         for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
-            m_s = j + o_h < HIDDEN
+            m_s = None if HIDDEN % BH == 0 else j + o_h < HIDDEN
             b_g = load_t(p_g + j, o_t, m_t, o_h, m_s, HIDDEN).to(OP)  # [BH, BT]
             b_m = load(p_w + j, o_r, m_r, o_h, m_s, HIDDEN)  # [BR, BH]
             b_gW = dot(b_m, b_g, b_gW, PRECISION)

@@ -70,6 +70,7 @@ def network_sizes(
         HIDDEN=hidden,
         BD=BD,
         BR=min(BD, tile.rows),
+        BN=min(tile.columns, tile.slice),
         BH=tile.slice,
         DEPTH=depth,
         ACTIVATION=activation,

@@ -131,6 +131,7 @@ class Sizes(NamedTuple):
     HIDDEN: tl.constexpr
     BD: tl.constexpr  # tile that holds D
     BR: tl.constexpr  # of D at a time, backwards
+    BN: tl.constexpr  # of a state's columns, there
     BH: tl.constexpr  # of the hidden width at a time
     DEPTH: tl.constexpr
     ACTIVATION: tl.constexpr

@@ -46,6 +46,7 @@ class Tile:
         slice (int): hidden units at a time, likewise.
         queries (int): of a block, to one program at most, likewise.
         rows (int): of the head dimension at a time, backwards, likewise.
+        columns (int): of a state's gradient at a time, likewise.
         scan, retrieve, recall, *_backward (Schedule): of the kernel of that name.
     """
 
@@ -53,6 +54,7 @@ class Tile:
     slice: int = 64
     queries: int = 64
     rows: int = 64
+    columns: int = 32
     scan: Schedule = Schedule()
     retrieve: Schedule = Schedule()
     recall: Schedule = Schedule()
@@ -61,7 +63,7 @@ class Tile:
     inputs_backward: Schedule = Schedule(8)
 
     def __post_init__(self) -> None:
-        for name in ("block", "slice", "queries", "rows"):
+        for name in ("block", "slice", "queries", "rows", "columns"):
             value = getattr(self, name)
             if value < 16 or value & (value - 1):
                 raise ValueError(f"{name}: got {value}, takes a power of 2 from 16 on")
@@ -98,9 +100,9 @@ _HALF = {
     # sm_80's also fit sm_86, sm_89 and sm_120, which have 99 KiB of shared memory to a program.
     "sm_80": (
         # 8 warps, or slices and rows of 32, would compute products twice.
-        (64, ANY, Tile(64, 64, 32, 64, **_BACKWARD_4)),
+        (64, ANY, Tile(64, 64, 32, 64, columns=16, **_BACKWARD_4)),
         # So do the 8 of scan; 4 spill 816 bytes there.
-        (128, ANY, Tile(64, 64, 32, 64, scan=_8, **_BACKWARD_4)),
+        (128, ANY, Tile(64, 64, 32, 64, columns=16, scan=_8, **_BACKWARD_4)),
         # 255, 255, 169; 165, 255 and 16 (3.6: 40), 166. Rows of 64: scan backwards 255 and 56
         (256, ANY, Tile(32, 32, 16, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
     ),
