@@ -223,6 +223,7 @@ def hidden_layer(
             b_z = products(layer, coefficient, block, chunk, j, hidden, i_l, sizes)
         if sizes.EARLIER:
             b_z = dot(b_d, b_s, b_z, sizes.PRECISION)
+        # The slope waits where the error will stand that it is a factor of.
         store_t(p_d, slope(b_z, sizes.ACTIVATION), o_c, m_c, j + o_h, m_h, HIDDEN)
         b_h = activate(b_z, sizes.ACTIVATION).to(OP)
         store_t(p_x, b_h, o_c, m_c, j + o_h, m_h, HIDDEN)
@@ -254,16 +255,17 @@ def products(layer, coefficient, block, chunk, j, hidden, i_l: tl.constexpr, siz
     p_W, p_S = state_of(layer, block, i_l, sizes)
     p_x = layer.x + block.slot * sizes.BT * HIDDEN
     a, c = weights_of(coefficient, block, chunk, i_l, sizes)
-    b_z = tl.zeros([BH, sizes.BC], ACC)
+    b_zW = tl.zeros([BH, sizes.BC], ACC)
+    b_zS = tl.zeros([BH, sizes.BC], ACC)
     for i in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
         m_i = None if HIDDEN % BH == 0 else i + o_h < HIDDEN
-        b_x = load_t(p_x, o_c, m_c, i + o_h, m_i, HIDDEN).to(ACC)  # [BH, BC]
+        b_x = load_t(p_x, o_c, m_c, i + o_h, m_i, HIDDEN)  # [BH, BC]
         b_w = load_t(p_W, i + o_h, m_i, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BH]
-        b_z = dot(b_w, (a * b_x).to(OP), b_z, sizes.PRECISION)
+        b_zW = dot(b_w, b_x, b_zW, sizes.PRECISION)
         if sizes.EARLIER:
             b_w = load_t(p_S, i + o_h, m_i, j + o_h, m_h, HIDDEN).to(OP)
-            b_z = dot(b_w, (c * b_x).to(OP), b_z, sizes.PRECISION)
-    return b_z
+            b_zS = dot(b_w, b_x, b_zS, sizes.PRECISION)
+    return a * b_zW + c * b_zS
 
 
 @triton.jit
@@ -301,7 +303,6 @@ def hidden_errors(
     o_i, o_d, o_h = tl.arange(0, BT), tl.arange(0, sizes.BD), tl.arange(0, BH)
     m_d = o_d < D
     p_x, p_e = layer.x + block.slot * BT * HIDDEN, layer.e + block.slot * BT * HIDDEN
-    p_z = below.z + (block.slot if KEEP else block.state) * BT * HIDDEN
     p_d = below.d + block.slot * BT * HIDDEN
     p_W, p_S = state_of(layer, block, i_l, sizes)
     a, c = weights_of(coefficient, block, chunk, i_l, sizes)
@@ -320,22 +321,26 @@ def hidden_errors(
                 b_w = load(p_S, j + o_h, m_h, o_d, m_d, D).to(OP)
                 b_h = dot(b_w, b_ce, b_h, sizes.PRECISION)
         else:
-            b_h = tl.zeros([BH, sizes.BC], ACC)
+            b_hW = tl.zeros([BH, sizes.BC], ACC)
+            b_hS = tl.zeros([BH, sizes.BC], ACC)
             for i in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
                 m_i = None if HIDDEN % BH == 0 else i + o_h < HIDDEN
                 p_o = layer.d + block.slot * BT * HIDDEN
-                b_d = load_t(p_o, o_c, m_c, i + o_h, m_i, HIDDEN)  # [BH, BC]
+                b_d = load_t(p_o, o_c, m_c, i + o_h, m_i, HIDDEN).to(OP)  # [BH, BC]
                 b_w = load(p_W, j + o_h, m_h, i + o_h, m_i, HIDDEN).to(OP)  # [BH, BH]
-                b_h = dot(b_w, (a * b_d).to(OP), b_h, sizes.PRECISION)
+                b_hW = dot(b_w, b_d, b_hW, sizes.PRECISION)
                 if sizes.EARLIER:
                     b_w = load(p_S, j + o_h, m_h, i + o_h, m_i, HIDDEN).to(OP)
-                    b_h = dot(b_w, (c * b_d).to(OP), b_h, sizes.PRECISION)
+                    b_hS = dot(b_w, b_d, b_hS, sizes.PRECISION)
+            b_h = a * b_hW + c * b_hS
         if sizes.EARLIER:
             b_x = load_t(p_x, o_i, m_p, j + o_h, m_h, HIDDEN)  # [BH, BT]
             b_h = dot(b_x, b_s, b_h, sizes.PRECISION)
         if KEEP:
             store_t(p_e, b_h, o_c, m_c, j + o_h, m_h, HIDDEN)
-        b_h *= load_t(p_d, o_c, m_c, j + o_h, m_h, HIDDEN)
+        b_h *= load_t(p_d, o_c, m_c, j + o_h, m_h, HIDDEN)  # the slope
+        if i_l > 1:  # warps that hold the same rows load them all before one stores
+            tl.debug_barrier()
         store_t(p_d, b_h, o_c, m_c, j + o_h, m_h, HIDDEN)
         if sizes.EARLIER and i_l > 1:
             b_d = load(p_d, o_i, m_p, j + o_h, m_h, HIDDEN).to(OP)  # [BT, BH]
@@ -411,7 +416,6 @@ def advance_tile(
 ):
     OUT: tl.constexpr = sizes.WIDTHS[i_l + 1]
     W: tl.constexpr = sizes.WIDTHS[i_l] * OUT
-    BT: tl.constexpr = sizes.BT
     OP: tl.constexpr = b_x.dtype
     i_s, i_b, p_end = block.state, block.slot, update.end
     i_x = i_b + sizes.H if update.more else i_b  # where the next block's readers find it

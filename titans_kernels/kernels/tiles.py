@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
+from typing import Any
 
 import torch
 
@@ -89,7 +90,9 @@ _4, _8 = Schedule(4), Schedule(8)
 _4x2, _8x2 = Schedule(4, 2), Schedule(8, 2)
 _4x3, _8x3 = Schedule(4, 3), Schedule(8, 3)
 # Backwards; forward passes have 4 warps where a row does not name them.
-_BACKWARD_4 = dict.fromkeys(("retrieve_backward", "scan_backward", "inputs_backward"), _4)
+_BACKWARD_4: dict[str, Any] = dict.fromkeys(
+    ("retrieve_backward", "scan_backward", "inputs_backward"), _4
+)
 ANY = 2**63
 
 # Head dimensions and chunks up to the first two numbers take the tile; chunks set the width of what
