@@ -27,7 +27,7 @@ def advance_backward(p_k, layer, coefficient, grad, block, ends, i_l: tl.constex
     BN: tl.constexpr = sizes.BH if sizes.BH < 32 else 32
     OP: tl.constexpr = p_k.dtype.element_ty
     ACC: tl.constexpr = grad.W.dtype.element_ty
-    LINEAR: tl.constexpr = sizes.DEPTH == 1  # its errors are all that G weighs: not rounded
+    FIRST: tl.constexpr = i_l == 0  # errors go with the inner loop, and give G's unrounded
     PRECISION: tl.constexpr = sizes.PRECISION
     i_s, i_b = block.state, block.slot
     o_t, o_d, o_h = tl.arange(0, BT), tl.arange(0, BR), tl.arange(0, BN)
@@ -49,7 +49,7 @@ def advance_backward(p_k, layer, coefficient, grad, block, ends, i_l: tl.constex
         b_full = load(p_full, o_t, m_t, i + o_d, m_d, STRIDE).to(OP)  # [BT, BR]
         b_dfull_W = tl.zeros([BT, BR], ACC)
         b_dfull_S = tl.zeros([BT, BR], ACC)
-        if LINEAR:
+        if FIRST:
             b_exact_W = tl.zeros([BT, BN], ACC)
             b_exact_S = tl.zeros([BT, BN], ACC)
         for j in tl.range(0, ends.hidden, BN, num_stages=1, disable_licm=True):
@@ -63,7 +63,7 @@ def advance_backward(p_k, layer, coefficient, grad, block, ends, i_l: tl.constex
             store(p_dside, b_dside, o_t, m_t, j + o_h, m_h, SIDE)
 
             b_side = load(p_side, o_t, m_t, j + o_h, m_h, SIDE)  # [BT, BN]
-            if LINEAR:
+            if FIRST:
                 b_exact_W += b_side * b_dside_W
                 b_exact_S += b_side * b_dside_S
             b_side = b_side.to(OP)
@@ -71,7 +71,7 @@ def advance_backward(p_k, layer, coefficient, grad, block, ends, i_l: tl.constex
             b_dfull_W = dot(b_side, b_dw, b_dfull_W, PRECISION)
             b_dw = of_state(p_dS, j + o_h, m_h, i + o_d, m_d, OUT, i_l > 0).to(OP)
             b_dfull_S = dot(b_side, b_dw, b_dfull_S, PRECISION)
-        if LINEAR:
+        if FIRST:
             b_dG -= tl.sum(b_exact_W, 1)
             b_dP -= tl.sum(b_exact_S, 1)
         else:
