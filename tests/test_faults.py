@@ -25,7 +25,7 @@ from titans_kernels.kernels.inputs_backward import inputs_backward_kernel
 from titans_kernels.kernels.network import error_backward
 from titans_kernels.kernels.retrieve_backward import retrieve_backward_kernel
 from titans_kernels.kernels.scan_backward import scan_backward_kernel
-from titans_kernels.kernels.state_backward import advance_backward, hand_back
+from titans_kernels.kernels.state_backward import advance_backward, hand_back_tile
 
 if torch.cuda.is_available() and not triton.knobs.runtime.interpret:
     pytest.skip("faults are planted in the interpreter", allow_module_level=True)
@@ -131,7 +131,7 @@ FAULTS = {
         "^dq: ",
     ),
     "anchor's gradient dropped": (
-        Source(hand_back, "b_dw += b_wk", "b_dw += 0"),
+        Source(hand_back_tile, "b_dw += b_wk", "b_dw += 0"),
         SPAN,
         "^dweights",
     ),
@@ -141,7 +141,7 @@ FAULTS = {
         "^dk: ",
     ),
     "momentum's share of the block's end dropped": (
-        Source(advance_backward, "b_dside += b_P[:, None] * b_part", "b_dside += 0"),
+        Source(advance_backward, " + b_P[:, None] * b_dside_S", ""),
         WHOLE,
         "^dk: ",
     ),
