@@ -36,7 +36,7 @@ SMALL = (
     Case("decode", T=44, pieces=(41, 1, 1, 1), tile=(32, 32), seeds=6, backward=False),
 )
 SHIPPED = (
-    Case("D 64", T=128, D=64, hidden=256, seeds=3),
+    Case("D 64", T=128, D=64, hidden=256, seeds=6),
     Case("D 64, forward only", T=128, D=64, hidden=256, backward=False, seeds=3),
     Case("D 64, depth 1", T=100, D=64, hidden=64, depth=1, seeds=3),
     Case("D 64, chunk 64", T=150, D=64, hidden=256, chunk=64, seeds=3),
