@@ -86,10 +86,7 @@ def precision() -> str:
 
     Reading `allow_tf32` raises once `fp32_precision` is set; `fp32_precision` follows both.
     """
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch >= 2.9
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 class Scratch(NamedTuple):

@@ -98,7 +98,7 @@ def first_products(p_k, layer, coefficient, block, hidden, sizes, KEEP: tl.const
     o_i, o_d, o_h = tl.arange(0, BT), tl.arange(0, sizes.BD), tl.arange(0, BH)
     m_i, m_d = o_i < block.count, o_d < D
     p_W, p_S = state_of(layer, block, 0, sizes)
-    p_z = layer.z + (block.slot if KEEP else block.state) * BT * OUT
+    p_z = layer.z + z_of(block, KEEP) * BT * OUT
     o_row = start_row(o_i, sizes)
     o_a = block.slot * sizes.L * BT
     b_a = tl.load(coefficient.a + o_a + o_row, mask=o_row >= 0, other=1.0)  # [BT]
@@ -146,7 +146,7 @@ def chunk_of_keys(
         b_s = (b_g[:, None] * dot(b_p, b_k, None, sizes.PRECISION)).to(OP)
 
     p_d = layers[LAST].d + block.slot * BT * D
-    p_y = layers[LAST].z + (block.slot if KEEP else block.state) * BT * D
+    p_y = layers[LAST].z + z_of(block, KEEP) * BT * D
     if LAST == 0:
         b_y = load_t(p_y, o_c, m_c, o_d, m_d, D)  # [BD, BC]
         if KEEP:  # stored below
@@ -203,7 +203,7 @@ def hidden_layer(
     OP: tl.constexpr = above.x.dtype.element_ty
     o_i, o_d, o_h = tl.arange(0, BT), tl.arange(0, sizes.BD), tl.arange(0, BH)
     m_d = o_d < D
-    p_z = layer.z + (block.slot if KEEP else block.state) * BT * HIDDEN
+    p_z = layer.z + z_of(block, KEEP) * BT * HIDDEN
     p_d, p_x = layer.d + block.slot * BT * HIDDEN, above.x + block.slot * BT * HIDDEN
     if i_l > 0:  # x and z of the layer below
         tl.debug_barrier()
@@ -266,6 +266,12 @@ def products(layer, coefficient, block, chunk, j, hidden, i_l: tl.constexpr, siz
             b_w = load_t(p_S, i + o_h, m_i, j + o_h, m_h, HIDDEN).to(OP)
             b_zS = dot(b_w, b_x, b_zS, sizes.PRECISION)
     return a * b_zW + c * b_zS
+
+
+@triton.jit
+def z_of(block, KEEP: tl.constexpr):
+    """Where a block's products stand: for the backward pass every block has its own."""
+    return block.slot if KEEP else block.state
 
 
 @triton.jit
