@@ -2,7 +2,9 @@
 
 A matrix in memory has rows of tokens (or of a layer's inputs) `STRIDE` apart. `load` and `store`
 take tiles as they lie, [rows, columns]; the `_t` forms take them transposed, [columns, rows].
-Whatever is out of range is zero.
+Whatever is out of range is zero. A mask is None where nothing can be, known when a kernel is
+compiled: then no predicate is computed, and no register set to zero. WIDE is how many columns a
+thread accesses at once, if it is to be fewer than fit.
 """
 
 import triton
