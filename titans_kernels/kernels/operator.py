@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from math import ceil
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +16,7 @@ from ..chunked.operator import retrieve_backward  # plain products, of any memor
 from ..packing import Options, Packed, Reading, dense
 from ..stepping import Step
 from . import launch, launch_backward, launch_step
+from .lanes import Lanes
 from .launch import Problem, Scratch
 from .records import Queries, TokenGrad, Tokens
 from .tiles import Blocks, Tile, architecture, rounded, tile
@@ -23,6 +24,7 @@ from .tiles import Blocks, Tile, architecture, rounded, tile
 __all__ = ["backward", "forward", "kept_shapes", "retrieve", "retrieve_backward", "step"]
 
 GROUP = 2048  # tokens of a sequence whose scratch is held at a time
+TURNS = 2  # groups among which forward divides it: one learns while another is read
 
 
 def budget() -> int:
@@ -76,7 +78,7 @@ def _tile(q: Tensor, weights: list[Tensor], chunk_size: int = 16, backward: bool
 
 
 Count = TypeVar("Count", int, Tensor)
-
+States = tuple[list[Tensor], list[Tensor]]  # running and anchor: weights, then momenta
 
 Record = TypeVar("Record", Packed, Reading)
 
@@ -118,7 +120,8 @@ class Plan(NamedTuple):
     """How the walk goes over all sequences."""
 
     problem: Problem
-    group: int  # blocks of a sequence whose scratch is held at a time: divides an interval
+    group: int  # blocks of a sequence whose scratch is one: divides an interval
+    turns: int  # groups that have a scratch at the same time
     intervals: Intervals
     most: int  # blocks of a sequence, at most
     short: bool  # whether each is one block, for one program
@@ -126,7 +129,13 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(
-        cls, packed: Packed, options: Options, chunk_size: int, longest: int, backward: bool = True
+        cls,
+        packed: Packed,
+        options: Options,
+        chunk_size: int,
+        longest: int,
+        backward: bool = True,
+        turns: int = 1,
     ) -> Plan:
         size = _tile(packed.q, packed.weights, chunk_size, backward)
         size = size.fitting(longest, chunk_size)
@@ -146,10 +155,12 @@ class Plan(NamedTuple):
         problem = Problem(chunk_size, blocks, *options, packed.norm, size)
         tokens = Tokens(*packed.tokens(), packed.bounds, packed.tail, packed.query_start)
         room = budget() // (N * _bytes_of_a_block(tokens, packed.weights, problem, backward))
+        turns = min(turns, max(room, 1))
         divisors = [n for n in range(1, intervals.blocks + 1) if intervals.blocks % n == 0]
         enough = next((n for n in divisors if n >= wanted), divisors[-1])
-        group = max(n for n in divisors if n <= min(enough, max(room, 1)))
-        return cls(problem, group, intervals, most, short, tokens)
+        held = min(enough, max(room // turns, 1), max(intervals.blocks // turns, 1))
+        group = max(n for n in divisors if n <= held)
+        return cls(problem, group, min(turns, ceil(most / group)), intervals, most, short, tokens)
 
     def kept_rows(self, first_block: int, rows: int) -> Tensor:
         """Where each sequence keeps the state it starts this block with, [N]; `rows`: it has none.
@@ -186,36 +197,57 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Outputs and, with `final`, the final state; `kept` is filled in where it is not empty."""
     packed = _dense_record(packed)
-    plan = Plan.of(packed, options, chunk_size, longest, backward=bool(kept))
-    problem, tokens = plan.problem, plan.tokens
-    depth = len(packed.weights)
+    plan = Plan.of(packed, options, chunk_size, longest, bool(kept), TURNS)
     # Running state, and that of the last whole chunk: another where a chunk spans blocks.
     running = [*packed.weights, *packed.momentum]
     if final or not plan.short:
         running = [_copy(x) for x in running]
-    anchor = running if problem.blocks.span == 1 else [x.clone() for x in running]
-    # Queries read what a chunk over several blocks started with.
-    started = problem.read == "chunk" and problem.blocks.span > 1
+    anchor = running if plan.problem.blocks.span == 1 else [x.clone() for x in running]
     o = torch.empty_like(packed.q)
-    if plan.short and running[0].numel() and len(tokens.k):
+    if not (running[0].numel() and len(packed.k)):
+        pass  # nothing is learned, and nothing is there to read
+    elif plan.short:
         _short(plan, packed.q, o, running, final)
-    elif running[0].numel() and len(tokens.k):
-        scratch = launch.allocate(tokens, running[:depth], problem, plan.group)
-        query = Queries(packed.q, o, scratch.parts)
-        for first in range(0, plan.most, plan.group):
-            if kept and first and first % plan.intervals.blocks == 0:
-                rows = plan.kept_rows(first, len(kept[0]) - 1)
-                states = running if anchor is running else [*running, *anchor]
-                for table, state in zip(kept, states, strict=True):
-                    table.index_copy_(0, rows, state)
-            group = scratch.at(running, anchor)
-            before = _rounded(anchor, packed.q) if started else []
-            launch.coefficients(tokens, group, first, problem)
-            launch.scan(tokens, group, first, problem)
-            group = group.read_from(before) if started else group
-            if len(o):
-                launch.retrieve(query, tokens, group, first, problem)
+    else:
+        _walk(plan, packed, o, (running, anchor), kept)
     return o, anchor if final else []
+
+
+def _walk(plan: Plan, packed: Packed, o: Tensor, states: States, kept: list[Tensor]) -> None:
+    """Outputs into `o`, group after group; `states` go on in place."""
+    problem, tokens, (running, anchor) = plan.problem, plan.tokens, states
+    scratch = [
+        launch.allocate(tokens, running[: len(packed.weights)], problem, plan.group)
+        for _ in range(plan.turns)
+    ]
+    # Queries read what a chunk over several blocks started with.
+    started = anchor if problem.read == "chunk" and problem.blocks.span > 1 else []
+    before = [_rounded(started, packed.q) for _ in scratch]
+    keeps = range(plan.intervals.blocks, plan.most if kept else 0, plan.intervals.blocks)
+    rows = {first: plan.kept_rows(first, len(kept[0]) - 1) for first in keeps}
+
+    def learn(first: int, turn: int) -> None:
+        if first in rows:
+            tables = running if anchor is running else [*running, *anchor]
+            for table, state in zip(kept, tables, strict=True):
+                table.index_copy_(0, rows[first], state)
+        group = scratch[turn].at(running, anchor)
+        for rounded_, state in zip(before[turn], started, strict=True):
+            rounded_.copy_(state)
+        launch.coefficients(tokens, group, first, problem)
+        launch.scan(tokens, group, first, problem)
+        scratch[turn] = group.read_from(before[turn]) if started else group
+
+    def read(first: int, turn: int) -> None:
+        query = Queries(packed.q, o, scratch[turn].parts)
+        launch.retrieve(query, tokens, scratch[turn], first, problem)
+
+    with Lanes(o.device, plan.turns) as lanes:
+        for i, first in enumerate(range(0, plan.most, plan.group)):
+            turn = i % plan.turns
+            lanes.learn(turn, partial(learn, first, turn))
+            if len(o):
+                lanes.read(turn, partial(read, first, turn))
 
 
 def _short(plan: Plan, q: Tensor, o: Tensor, states: list[Tensor], final: bool) -> None:
@@ -306,9 +338,6 @@ def backward(
         if dnorm is not None:
             dnorm += grad.norm_keys.sum(0)
     return [*dtokens, *dstate, *([] if dnorm is None else [dnorm])]
-
-
-States = tuple[list[Tensor], list[Tensor]]  # running and anchor: weights, then momenta
 
 
 def _starts(

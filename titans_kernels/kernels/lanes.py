@@ -1,0 +1,76 @@
+"""Two lanes: what learns runs ahead of what reads.
+
+The scan of a group needs nothing of the retrieve before it, and its programs, one for each sequence
+and head, leave much of a GPU idle. So on CUDA groups learn on a stream of their own, of a higher
+priority, and are read on the caller's. Groups take turns with the scratch: one learns once the
+last group that had its scratch has been read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+
+Work = Callable[[], None]
+
+
+class Lanes:
+    """A context: at its end the caller's stream has waited for all that was done inside.
+
+    Nothing may be allocated on the lane that runs ahead: memory goes back to the caller's stream.
+
+    Args:
+        device (torch.device): of the tensors. Not on CUDA all is done where it is said.
+        turns (int): groups that have a scratch at the same time. So it is with one.
+    """
+
+    def __init__(self, device: torch.device, turns: int) -> None:
+        self._ahead = self._stream(device) if turns > 1 else None
+        self._read: list[torch.Event | None] = [None] * turns
+
+    def learn(self, turn: int, work: Work) -> None:
+        """Do work that fills the scratch of a turn, after what was read of it so far."""
+        if self._ahead is None:
+            return work()
+        read = self._read[turn]
+        if read is not None:
+            self._ahead.wait_event(read)
+        self._run(self._ahead, work)
+
+    def read(self, turn: int, work: Work) -> None:
+        """Do work that reads the scratch of a turn, after what has been learned so far."""
+        if self._ahead is None:
+            return work()
+        here = self._current()
+        here.wait_stream(self._ahead)
+        self._run(here, work)
+        self._read[turn] = here.record_event()
+
+    def __enter__(self) -> Lanes:
+        if self._ahead is not None:
+            self._ahead.wait_stream(self._current())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._ahead is not None:
+            self._current().wait_stream(self._ahead)
+
+    # A test puts streams in their place that run late.
+
+    _current = staticmethod(torch.cuda.current_stream)
+
+    @staticmethod
+    def _stream(device: torch.device) -> torch.cuda.Stream | None:
+        return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    @staticmethod
+    def _run(stream: torch.cuda.Stream, work: Work) -> None:
+        with torch.cuda.stream(stream):
+            work()
