@@ -76,9 +76,19 @@ def test_an_h100_is_the_slower_memory():
     assert H100.issue == H200.issue and H100.bytes < H200.bytes
 
 
+def test_what_scan_leaves_idle_hides_retrieve_but_of_the_last_group():
+    """Eight groups of 1,024 tokens, 128 programs of scan on 132 multiprocessors."""
+    retrieve = predict(FULL)["retrieve"]
+    assert model.hidden(FULL, FORWARD) == pytest.approx(7 / 8 * retrieve)
+    assert model.call(FULL) == pytest.approx(sum(predict(FULL).values()) - 7 / 8 * retrieve)
+    assert model.hidden(Shape(1024, 16, 8, 16, 64), FORWARD) == 0
+    full = Shape(8192, 16, 1000, 16, 64)  # no scheduler is ever without a warp that is ready
+    assert model.hidden(full, FORWARD) < 0.1 * predict(full)["retrieve"]
+
+
 def test_launches_and_peers_by_hand():
-    assert model.launches(FULL) == pytest.approx(4 * 3 * 3e-6)
-    assert model.launches(FULL, BOTH) == pytest.approx(4 * 11 * 3e-6)
+    assert model.launches(FULL) == pytest.approx(8 * 3 * 3e-6)
+    assert model.launches(FULL, BOTH) == pytest.approx((8 * 3 + 4 * 8) * 3e-6)
     attention = 2 * 128 * 8192**2 * 64
     assert sdpa(FULL, FORWARD) == pytest.approx(attention / 460e12)
     assert sdpa(FULL, BOTH) == pytest.approx(attention / 460e12 + 2.5 * attention / 472e12)

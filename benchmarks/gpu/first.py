@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 
+from titans_kernels.kernels import operator
 from titans_kernels.kernels.tiles import Tile, architecture, tile, using
 from titans_kernels.verify import environment
 
@@ -34,6 +36,10 @@ def first(kit: Kit) -> Steps:
         name = "gradients" if setting.backward else "outputs"
         yield Step(name, partial(check, setting), 5)
     yield Step("decoding", partial(_decoding, both[0]), 5)
+    for sequences in (1,) if kit.rehearse else SEQUENCES:
+        long = replace(both[0].shape, B=sequences, T=4 * both[0].shape.T)
+        name = f"{sequences * both[0].shape.H} heads, two lanes"
+        yield Step(name, partial(_lanes, replace(both[0], shape=long)), 5)
     for setting in both:
         for choice in candidates(kit, setting):
             for sequences in (1,) if kit.rehearse else SEQUENCES:
@@ -73,6 +79,19 @@ def judged(found: float, most: float) -> Row:
 
 def _decoding(setting: Setting) -> Row:
     return judged(decode_error(setting), bound(setting))
+
+
+def _lanes(setting: Setting) -> Row:
+    """A call whose groups are read while others learn, beside one that takes turns; bit for bit."""
+    inputs, ms, found = setting.inputs(), {}, {}
+    for turns in (1, operator.TURNS):
+        with mock.patch.object(operator, "TURNS", turns):
+            ms[turns] = tune.milliseconds(setting, inputs)
+            found[turns] = results(setting, inputs, "triton")
+    one, two = found.values()
+    same = all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
+    row: Row = {"ms": ms[operator.TURNS], "one_lane_ms": ms[1]}
+    return row if same else row | {"problem": "wrong: other bits than on one lane"}
 
 
 def _name(setting: Setting, choice: Tile) -> str:

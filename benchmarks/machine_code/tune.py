@@ -101,7 +101,7 @@ def measure(setting: Setting, tile: Tile) -> dict[str, Any]:
             return {"problem": f"wrong: relative error {found:.1e}", "error": found}
         inputs = setting.inputs()
         with using(tile):
-            return {"ms": _milliseconds(setting, inputs), "error": found}
+            return {"ms": milliseconds(setting, inputs), "error": found}
     except Exception as failure:  # whatever a compiler or a launch says of a tile that does not fit
         return {"problem": in_short(failure)}
 
@@ -130,7 +130,7 @@ def _launch(setting: Setting, tile: Tile | None) -> None:
         results(setting, setting.inputs(), "triton")
 
 
-def _milliseconds(setting: Setting, inputs: Any) -> float:
+def milliseconds(setting: Setting, inputs: Any) -> float:
     """The median call: updates and outputs, then `retrieve`, and all gradients if taken."""
 
     def call() -> None:
