@@ -5,6 +5,7 @@ every wheel, sdist and editable install as `titans_kernels.reference`.
 """
 
 import re
+import subprocess
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -17,11 +18,50 @@ def read(path: str) -> str:
     return (HERE / path).read_text(encoding="utf-8")
 
 
-def description() -> str:
-    """The README as it stands elsewhere: without pictures and links to files of this repository."""
-    text = re.sub(r"^!\[.*?\]\((?!https:).*?\)\n+", "", read("README.md"), flags=re.MULTILINE)
-    return re.sub(r"\[([^\]]*)\]\((?!https:)[^)]*\)", r"\1", text)
+def repository() -> str | None:
+    """Its public address, if this is a clone from GitHub or an sdist that was made in one."""
+    if (HERE / "PKG-INFO").exists():
+        found = re.search(r"^Project-URL: Repository, (\S+)$", read("PKG-INFO"), re.MULTILINE)
+        return found and found[1]
+    if not (HERE / ".git").exists():
+        return None
+    command = ["git", "-C", str(HERE), "remote", "get-url", "origin"]
+    try:
+        origin = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git
+        return None
+    found = re.fullmatch(r"(?:https://|(?:ssh://)?git@)(github\.com)[:/](.+?)(?:\.git)?/?", origin)
+    return found and f"https://{found[1]}/{found[2]}"
 
+
+def description() -> str:
+    """The README as it stands elsewhere: files of the repository by their public address.
+
+    Without one, pictures and links to files are left out.
+    """
+    text, picture, link = (
+        read("README.md"),
+        r"!\[([^\]]*)\]\((?!https:)",
+        r"\[([^\]]*)\]\((?!https:)",
+    )
+    if REPOSITORY is None:
+        text = re.sub(rf"^{picture}.*?\)\n+", "", text, flags=re.MULTILINE)
+        return re.sub(rf"{link}[^)]*\)", r"\1", text)
+    text = re.sub(picture, rf"![\1]({REPOSITORY}/raw/HEAD/", text)
+    return re.sub(link, rf"[\1]({REPOSITORY}/blob/HEAD/", text)
+
+
+def addresses() -> dict[str, str]:
+    found = {"Paper": "https://arxiv.org/abs/2501.00663"}
+    if REPOSITORY is not None:
+        found["Repository"] = REPOSITORY
+        found["Issues"] = f"{REPOSITORY}/issues"
+        found["Documentation"] = f"{REPOSITORY}/blob/HEAD/docs/index.md"
+        found["Changelog"] = f"{REPOSITORY}/blob/HEAD/CHANGELOG.md"
+    return found
+
+
+REPOSITORY = repository()
 
 version = re.search(r'^__version__ = "(.+)"$', read("titans_kernels/__init__.py"), re.MULTILINE)
 assert version, "titans_kernels/__init__.py has no __version__"
@@ -64,7 +104,7 @@ setup(
     long_description_content_type="text/markdown",
     author="The titans_kernels authors",
     keywords=["titans", "neural memory", "test-time training", "triton", "pytorch", "transformers"],
-    project_urls={"Paper": "https://arxiv.org/abs/2501.00663"},
+    project_urls=addresses(),
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",

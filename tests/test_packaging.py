@@ -137,6 +137,55 @@ def test_sdist_contents(checkout, tmp_path):
     assert names - made == wanted | set(FILES) | {"PKG-INFO", "setup.cfg"}
 
 
+@pytest.mark.parametrize(
+    "origin, address",
+    [
+        ("git@github.com:someone/titans_kernels.git", "https://github.com/someone/titans_kernels"),
+        ("https://github.com/someone/titans", "https://github.com/someone/titans"),
+        ("/somewhere/titans_kernels", None),
+    ],
+)
+def test_a_clone_from_a_public_address_has_pictures_and_links(checkout, tmp_path, origin, address):
+    """In an sdist, and in what is built of that elsewhere."""
+    clone, built = tmp_path / "clone", tmp_path / "built"
+    shutil.copytree(checkout, clone)
+    for command in (["init", "--quiet"], ["remote", "add", "origin", origin]):
+        subprocess.run(["git", *command], cwd=clone, check=True)
+    _python("setup.py", "--quiet", "sdist", "--dist-dir", built, cwd=clone)
+    [path] = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        archive.extractall(built, filter="data")
+    [sdist] = (path for path in built.iterdir() if path.is_dir())
+    first = (sdist / "PKG-INFO").read_text()
+    _python("setup.py", "--quiet", "egg_info", "--egg-base", built, cwd=sdist)
+    assert (built / "titans_kernels.egg-info" / "PKG-INFO").read_text() == first
+
+    found = dict(
+        line.split(": ", 1)[1].split(", ", 1) for line in first.splitlines() if "-URL: " in line
+    )
+    description = first.split("\n\n", 1)[1]
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", description)
+    targets = re.findall(r"\]\(([^)]*)\)", description)
+    assert all(target.startswith("https://") for target in targets)
+    if address is None:
+        assert set(found) == {"Paper"} and not pictures
+        return
+    assert found["Repository"] == address and found["Issues"] == f"{address}/issues"
+    assert pictures == [f"{address}/raw/HEAD/{path}" for path in _pictures()]
+    files = [
+        x.split("/HEAD/")[1]
+        for x in (*targets, *found.values())
+        if x.startswith(f"{address}/") and "/HEAD/" in x
+    ]
+    assert len(files) > 5 and all((clone / file.split("#")[0]).exists() for file in files)
+
+
+def _pictures():
+    return re.findall(
+        r"^!\[[^]]*\]\((?!https:)(.*?)\)", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+
+
 def test_one_version():
     version = titans_kernels.__version__
     assert re.search(rf"^## \[{version}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
