@@ -82,9 +82,15 @@ def block_of_keys(
     """Inputs and errors of all the block's keys, chunk after chunk."""
     first_products(p_k, layers[0], coefficient, block, hidden, sizes, KEEP)
     tl.debug_barrier()
-    for r in tl.range(0, chunks, num_stages=1, disable_licm=True):
-        chunk_of_keys(p_k, p_v, layers, coefficient, p_norm, block, r, hidden, sizes, KEEP)
-        tl.debug_barrier()
+    first = tl.full([], 0, tl.int32)
+    chunk_of_keys(p_k, p_v, layers, coefficient, p_norm, block, first, hidden, sizes, KEEP, False)
+    tl.debug_barrier()
+    if sizes.EARLIER:
+        for r in tl.range(1, chunks, num_stages=1, disable_licm=True):
+            chunk_of_keys(
+                p_k, p_v, layers, coefficient, p_norm, block, r, hidden, sizes, KEEP, True
+            )
+            tl.debug_barrier()
 
 
 @triton.jit
@@ -126,6 +132,7 @@ def chunk_of_keys(
     hidden,
     sizes,
     KEEP: tl.constexpr,
+    EARLIER: tl.constexpr,  # the block has chunks before it; else it reads no history, and W alone
 ):
     """The memory's products on a chunk, then its errors, back through the layers."""
     D: tl.constexpr = sizes.D
@@ -140,7 +147,7 @@ def chunk_of_keys(
     b_k = load_t(p_k, o_c, m_c, o_d, m_d, sizes.H * D)  # [BD, BC]
     b_v = load_t(p_v, o_c, m_c, o_d, m_d, sizes.H * D)
     b_s = tl.zeros([BT, sizes.BC], OP)
-    if sizes.EARLIER:
+    if EARLIER:
         b_p = load(p_k, o_i, m_p, o_d, m_d, sizes.H * D)  # [BT, BD]
         b_g = history(coefficient, block, chunk, 0, sizes)
         b_s = (b_g[:, None] * dot(b_p, b_k, None, sizes.PRECISION)).to(OP)
@@ -155,9 +162,9 @@ def chunk_of_keys(
         for i_l in tl.static_range(LAST):
             layer, above = layers[i_l], layers[i_l + 1]
             b_s, b_y = hidden_layer(
-                layer, above, coefficient, b_s, block, chunk, hidden, i_l, sizes, KEEP
+                layer, above, coefficient, b_s, block, chunk, hidden, i_l, sizes, KEEP, EARLIER
             )
-    if sizes.EARLIER:
+    if EARLIER:
         b_d = load_t(p_d, o_i, m_p, o_d, m_d, D).to(OP)  # [BD, BT]
         b_y = dot(b_d, b_s, b_y, sizes.PRECISION)
     if KEEP:
@@ -167,13 +174,24 @@ def chunk_of_keys(
     store_t(p_d, b_e, o_c, m_c, o_d, m_d, D)
     if LAST > 0:
         b_s = tl.zeros([BT, sizes.BC], ACC)
-        if sizes.EARLIER:
+        if EARLIER:
             b_d = load(p_d, o_i, m_p, o_d, m_d, D).to(OP)  # [BT, BD]
             b_s = dot(b_d, b_e.to(OP), None, sizes.PRECISION)
         for back in tl.static_range(LAST):
             below, layer = layers[LAST - back - 1], layers[LAST - back]
             b_s = hidden_errors(
-                below, layer, coefficient, b_s, b_e, block, chunk, hidden, LAST - back, sizes, KEEP
+                below,
+                layer,
+                coefficient,
+                b_s,
+                b_e,
+                block,
+                chunk,
+                hidden,
+                LAST - back,
+                sizes,
+                KEEP,
+                EARLIER,
             )
 
 
@@ -189,6 +207,7 @@ def hidden_layer(
     i_l: tl.constexpr,
     sizes,
     KEEP: tl.constexpr,
+    EARLIER: tl.constexpr,
 ):
     """Products of a layer that is not the last, and what the next one makes of them.
 
@@ -215,13 +234,13 @@ def hidden_layer(
     b_S = tl.zeros([sizes.BD, sizes.BC], ACC)
     for j in tl.range(0, hidden, BH, num_stages=1, disable_licm=True):
         m_h = None if HIDDEN % BH == 0 else j + o_h < HIDDEN
-        if sizes.EARLIER:
+        if EARLIER:
             b_d = load_t(p_d, o_i, m_p, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BT]
         if i_l == 0:
             b_z = load_t(p_z, o_c, m_c, j + o_h, m_h, HIDDEN)  # [BH, BC]
         else:
-            b_z = products(layer, coefficient, block, chunk, j, hidden, i_l, sizes)
-        if sizes.EARLIER:
+            b_z = products(layer, coefficient, block, chunk, j, hidden, i_l, sizes, EARLIER)
+        if EARLIER:
             b_z = dot(b_d, b_s, b_z, sizes.PRECISION)
         # The slope waits where the error will stand that it is a factor of.
         store_t(p_d, slope(b_z, sizes.ACTIVATION), o_c, m_c, j + o_h, m_h, HIDDEN)
@@ -230,20 +249,22 @@ def hidden_layer(
         if KEEP:
             store_t(p_z, b_z, o_c, m_c, j + o_h, m_h, HIDDEN)
 
-        if sizes.EARLIER:
+        if EARLIER:
             b_x = load(p_x, o_i, m_p, j + o_h, m_h, HIDDEN)  # [BT, BH]
             b_xx = dot(b_x, b_h, b_xx, sizes.PRECISION)
         if i_l + 2 == sizes.DEPTH:
             b_w = load_t(p_W, j + o_h, m_h, o_d, m_d, D).to(OP)  # [BD, BH]
             b_W = dot(b_w, b_h, b_W, sizes.PRECISION)
-            if sizes.EARLIER:
+            if EARLIER:
                 b_w = load_t(p_S, j + o_h, m_h, o_d, m_d, D).to(OP)
                 b_S = dot(b_w, b_h, b_S, sizes.PRECISION)
     return (b_g[:, None] * b_xx).to(OP), a * b_W + c * b_S
 
 
 @triton.jit
-def products(layer, coefficient, block, chunk, j, hidden, i_l: tl.constexpr, sizes):
+def products(
+    layer, coefficient, block, chunk, j, hidden, i_l: tl.constexpr, sizes, EARLIER: tl.constexpr
+):
     """A slice of `a (x W) + c (x S)` between two hidden layers, [BH, BC]."""
     o_c, m_c = chunk.tokens, chunk.mask
     HIDDEN: tl.constexpr = sizes.HIDDEN
@@ -262,7 +283,7 @@ def products(layer, coefficient, block, chunk, j, hidden, i_l: tl.constexpr, siz
         b_x = load_t(p_x, o_c, m_c, i + o_h, m_i, HIDDEN)  # [BH, BC]
         b_w = load_t(p_W, i + o_h, m_i, j + o_h, m_h, HIDDEN).to(OP)  # [BH, BH]
         b_zW = dot(b_w, b_x, b_zW, sizes.PRECISION)
-        if sizes.EARLIER:
+        if EARLIER:
             b_w = load_t(p_S, i + o_h, m_i, j + o_h, m_h, HIDDEN).to(OP)
             b_zS = dot(b_w, b_x, b_zS, sizes.PRECISION)
     return a * b_zW + c * b_zS
@@ -297,6 +318,7 @@ def hidden_errors(
     i_l: tl.constexpr,
     sizes,
     KEEP: tl.constexpr,
+    EARLIER: tl.constexpr,
 ):
     """Errors of a layer's inputs, then of the products below it; returns b_s of those."""
     o_c, m_c, m_p = chunk.tokens, chunk.mask, chunk.earlier
@@ -323,7 +345,7 @@ def hidden_errors(
         if i_l + 1 == sizes.DEPTH:
             b_w = load(p_W, j + o_h, m_h, o_d, m_d, D).to(OP)  # [BH, BD]
             b_h = dot(b_w, b_ae, None, sizes.PRECISION)
-            if sizes.EARLIER:
+            if EARLIER:
                 b_w = load(p_S, j + o_h, m_h, o_d, m_d, D).to(OP)
                 b_h = dot(b_w, b_ce, b_h, sizes.PRECISION)
         else:
@@ -335,11 +357,11 @@ def hidden_errors(
                 b_d = load_t(p_o, o_c, m_c, i + o_h, m_i, HIDDEN).to(OP)  # [BH, BC]
                 b_w = load(p_W, j + o_h, m_h, i + o_h, m_i, HIDDEN).to(OP)  # [BH, BH]
                 b_hW = dot(b_w, b_d, b_hW, sizes.PRECISION)
-                if sizes.EARLIER:
+                if EARLIER:
                     b_w = load(p_S, j + o_h, m_h, i + o_h, m_i, HIDDEN).to(OP)
                     b_hS = dot(b_w, b_d, b_hS, sizes.PRECISION)
             b_h = a * b_hW + c * b_hS
-        if sizes.EARLIER:
+        if EARLIER:
             b_x = load_t(p_x, o_i, m_p, j + o_h, m_h, HIDDEN)  # [BH, BT]
             b_h = dot(b_x, b_s, b_h, sizes.PRECISION)
         if KEEP:
@@ -348,7 +370,7 @@ def hidden_errors(
         if i_l > 1:  # warps that hold the same rows load them all before one stores
             tl.debug_barrier()
         store_t(p_d, b_h, o_c, m_c, j + o_h, m_h, HIDDEN)
-        if sizes.EARLIER and i_l > 1:
+        if EARLIER and i_l > 1:
             b_d = load(p_d, o_i, m_p, j + o_h, m_h, HIDDEN).to(OP)  # [BT, BH]
             b_dd = dot(b_d, b_h.to(OP), b_dd, sizes.PRECISION)
     return b_dd
