@@ -28,9 +28,11 @@ def repository() -> str | None:
     command = ["git", "-C", str(HERE), "remote", "get-url", "origin"]
     try:
         origin = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:  # no git
+    except OSError:  # no git
         return None
-    found = re.fullmatch(r"(?:https://|(?:ssh://)?git@)(github\.com)[:/](.+?)(?:\.git)?/?", origin)
+    found = re.fullmatch(
+        r"(?:https://|(?:ssh://)?git@)(github\.com)[:/]([^/]+/[^/]+?)(?:\.git)?/?", origin
+    )
     return found and f"https://{found[1]}/{found[2]}"
 
 
@@ -48,7 +50,7 @@ def description() -> str:
         text = re.sub(rf"^{picture}.*?\)\n+", "", text, flags=re.MULTILINE)
         return re.sub(rf"{link}[^)]*\)", r"\1", text)
     text = re.sub(picture, rf"![\1]({REPOSITORY}/raw/HEAD/", text)
-    return re.sub(link, rf"[\1]({REPOSITORY}/blob/HEAD/", text)
+    return re.sub(rf"{link}(?!#)", rf"[\1]({REPOSITORY}/blob/HEAD/", text)
 
 
 def addresses() -> dict[str, str]:

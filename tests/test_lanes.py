@@ -229,6 +229,9 @@ def test_two_lanes_on_a_gpu_have_the_bits_of_one(
     for turns in (1, 2, 2, 2):
         monkeypatch.setattr(operator, "TURNS", turns)
         o, state = neural_memory(**inputs, backend="triton", output_final_state=True)
-        found.append([x.detach() for x in (o, *state.weights, *state.momentum)])
+        values = [o, *state.weights, *state.momentum]
+        if gradients:
+            values += torch.autograd.grad(o.float().sum(), pytree.tree_leaves(inputs))
+        found.append([x.detach() for x in values])
     for other in found[1:]:
         assert all(map(torch.equal, other, found[0]))

@@ -180,7 +180,7 @@ def allocate(
                 W_anchor=new(0),
                 S_anchor=new(0),
                 x=new(slots, H, BT, d_in, dtype=rounded, wanted=i_l > 0),
-                z=new(slots if keep else N, H, BT, d_out, wanted=keep or i_l < max(last, 1)),
+                z=new(slots if keep else N, H, BT, d_out, wanted=keep or i_l == 0),
                 d=new(slots, H, BT, d_out),
                 e=new(slots, H, BT, d_in, wanted=keep and i_l > 0),
             )

@@ -48,7 +48,7 @@ class Layer(NamedTuple):
     W_anchor: Tensor  # [N, H, d_in, d_out], in and out: what an open chunk started with, where
     S_anchor: Tensor  # chunks span blocks. The backward pass takes it rounded
     x: Tensor  # [slots, H, BT, d_in], inputs; the first layer's are the keys themselves
-    z: Tensor  # [N, H, BT, d_out], products; for the backward pass [slots, H, BT, d_out]
+    z: Tensor  # [N, H, BT, d_out], the first layer's products; for the backward pass all layers'
     d: Tensor  # [slots, H, BT, d_out], errors of the products
     e: Tensor  # [slots, H, BT, d_in], errors of the inputs, for the backward pass
 
@@ -131,7 +131,7 @@ class Sizes(NamedTuple):
     HIDDEN: tl.constexpr
     BD: tl.constexpr  # tile that holds D
     BR: tl.constexpr  # of D at a time, backwards
-    BN: tl.constexpr  # of a state's columns, there
+    BN: tl.constexpr  # of the columns of a state's gradient, where it is handed back
     BH: tl.constexpr  # of the hidden width at a time
     DEPTH: tl.constexpr
     ACTIVATION: tl.constexpr
@@ -225,7 +225,7 @@ class ErrorsBackward(NamedTuple):
     G: Any  # [BT, BC], by which it reads earlier tokens, and later ones read it
     xx: Any  # inputs by inputs
     dd: Any  # errors by errors, weighted
-    dG: Any  # [BT]
+    dG: Any  # [BT, BC], not yet summed over the chunk
     da: Any  # [BC]
     dc: Any
 

@@ -224,7 +224,7 @@ def hidden_layer(
     m_d = o_d < D
     p_z = layer.z + z_of(block, KEEP) * BT * HIDDEN
     p_d, p_x = layer.d + block.slot * BT * HIDDEN, above.x + block.slot * BT * HIDDEN
-    if i_l > 0:  # x and z of the layer below
+    if i_l > 0:  # x of the layer below
         tl.debug_barrier()
     p_W, p_S = state_of(above, block, i_l + 1, sizes)
     a, c = weights_of(coefficient, block, chunk, i_l + 1, sizes)

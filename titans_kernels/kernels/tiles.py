@@ -47,7 +47,8 @@ class Tile:
         slice (int): hidden units at a time, likewise.
         queries (int): of a block, to one program at most, likewise.
         rows (int): of the head dimension at a time, backwards, likewise.
-        columns (int): of a state's gradient at a time, likewise.
+        columns (int): of a state's gradient at a time, where it is handed from block to block,
+            likewise; a slice at most.
         scan, retrieve, recall, *_backward (Schedule): of the kernel of that name.
     """
 
@@ -104,9 +105,8 @@ _HALF = {
     "sm_80": (
         # 8 warps, or slices and rows of 32, would compute products twice.
         (64, ANY, Tile(64, 64, 32, 64, columns=16, **_BACKWARD_4)),
-        # So do the 8 of scan; 4 spill 816 bytes there.
+        # So do the 8 of scan, of which 4 spill more.
         (128, ANY, Tile(64, 64, 32, 64, columns=16, scan=_8, **_BACKWARD_4)),
-        # 255, 255, 169; 165, 255 and 16 (3.6: 40), 166. Rows of 64: scan backwards 255 and 56
         (256, ANY, Tile(32, 32, 16, 32, scan=_8, retrieve=_8x2, recall=_8x2)),
     ),
     "sm_90": (
@@ -116,24 +116,23 @@ _HALF = {
         (128, ANY, Tile(64, 128, 64, 128, scan=_8, retrieve=_8, recall=_8)),
         # Slices of 64 take a third more instructions in scan, 8 warps two thirds more backwards.
         (256, 32, Tile(64, 128, 16, 64, scan=_8, retrieve=_8, recall=_8, scan_backward=_4)),
-        # 255 and 8, 211, 181; scan backwards 255 and 72. Scan of a block of 64: 255 and 832
+        # Scan of a block of 64 spills, as it holds a chunk of 64.
         (256, ANY, Tile(32, 64, 16, 64, scan=_8, retrieve=_8, recall=_8x2)),
     ),
     "sm_100": (
         # 4 warps have fewer instructions than 8, and no product is computed twice either way.
         (128, ANY, Tile(64, 64, 64, 64, recall=_4x2, **_BACKWARD_4)),
-        # 234, 164, 255; 255, 249, 172. Retrieve of 64 queries: 255 and 32 (3.6: and 288)
+        # Retrieve of 64 queries spills.
         (256, 32, Tile(64, 64, 32, 64, scan=_8, retrieve=_8, recall=_8x2)),
-        # 255; a block of 64 takes more tensor memory than there is, and traps (3.6)
+        # A block of 64 takes more tensor memory than there is, and traps (3.6)
         (256, ANY, Tile(32, 64, 32, 64, scan=_8, retrieve=_8, recall=_8x2)),
     ),
-    # Up to 512 registers, for 4 warps; of 8, scan_backward has 256 and 332 bytes of stack.
+    # Up to 512 registers, for 4 warps; of 8, scan_backward spills.
     "gfx942": (
-        # 282 (3.6: 438), 262, 160; 224, 398, 232
         (64, ANY, Tile(64, 64, 64, 64, **_BACKWARD_4)),
-        # 268 (3.6: 399), 408, 208; 354, 398, 233. Scan of slices of 64: 362 (3.6: 512 and 204)
+        # Scan of slices of 64 has all 512 registers with Triton 3.6, and spills.
         (128, ANY, Tile(64, 32, 64, 64, **_BACKWARD_4)),
-        # 246 (3.6: 383), 362, 194; 217, 255, 212. Scan of a block of 64: 360 (3.6: 512 and 364)
+        # So has scan of a block of 64.
         (256, ANY, Tile(32, 64, 32, 64, **_BACKWARD_4)),
     ),
 }
@@ -146,26 +145,20 @@ _FORWARD: dict[str, tuple[tuple[int, int, Tile], ...]] = {
     "sm_90": (
         # As in training: blocks of 128 take a fifth more instructions.
         (64, ANY, Tile(64, 64, 64, 64, recall=_4x2, **_BACKWARD_4)),
-        # As many instructions as in blocks of 64.
+        # One in fifteen more instructions than in blocks of 64, where memory decides.
         (128, 32, Tile(128, 128, 64, 128, scan=_8, retrieve=_8, recall=_8)),
         # Fewer.
         (128, 64, Tile(128, 128, 64, 128, scan=_8, retrieve=_8, recall=_8)),
     ),
-    "sm_100": (
-        # 196, 162; chunks of 64: 236
-        (64, 64, Tile(128, 64, 64, 64, scan=_8, retrieve=_8)),
-    ),
+    "sm_100": (),
     "gfx942": (),
 }
 
 # float32 is for comparing, not for speed: unless tf32 is allowed, NVIDIA's GPUs multiply it without
-# tensor cores, operands in registers. Figures of sm_90; the others differ little.
+# tensor cores, operands in registers.
 _SINGLE = (
-    # 250, 216, 64
     (64, ANY, Tile(32, 32, 32, 64, scan=_8, retrieve=_8, recall=_8)),
-    # 255 and 160, 173, 48
     (128, ANY, Tile(16, 16, 16, 64, scan=_8, retrieve=_8, recall=_8)),
-    # 255 and 1304, 255 and 264, 64
     (256, ANY, Tile(16, 16, 16, 64, scan=_8, retrieve=_8, recall=_8)),
 )
 
