@@ -17,13 +17,13 @@ Work = Callable[[], None]
 
 
 class Lanes:
-    """A context: at its end the caller's stream has waited for all that was done inside.
+    """A context manager: on exit the caller's stream waits for all work of both lanes.
 
-    Nothing may be allocated on the lane that runs ahead: memory goes back to the caller's stream.
+    Work of the lane ahead must not allocate: its tensors' memory belongs to the caller's stream.
 
     Args:
-        device (torch.device): of the tensors. Not on CUDA all is done where it is said.
-        turns (int): groups that have a scratch at the same time. So it is with one.
+        device (torch.device): of the tensors. On a device without streams work runs in order.
+        turns (int): groups that have a scratch at the same time; with one work runs in order.
     """
 
     def __init__(self, device: torch.device, turns: int) -> None:
@@ -31,7 +31,7 @@ class Lanes:
         self._read: list[torch.Event | None] = [None] * turns
 
     def learn(self, turn: int, work: Work) -> None:
-        """Do work that fills the scratch of a turn, after what was read of it so far."""
+        """Run work that fills the scratch of a turn, after the last work that read it."""
         if self._ahead is None:
             return work()
         read = self._read[turn]
@@ -40,7 +40,7 @@ class Lanes:
         self._run(self._ahead, work)
 
     def read(self, turn: int, work: Work) -> None:
-        """Do work that reads the scratch of a turn, after what has been learned so far."""
+        """Run work that reads the scratch of a turn, after all `learn` so far."""
         if self._ahead is None:
             return work()
         here = self._current()
@@ -62,7 +62,7 @@ class Lanes:
         if self._ahead is not None:
             self._current().wait_stream(self._ahead)
 
-    # A test puts streams in their place that run late.
+    # Tests replace these three by streams that run as late as they may.
 
     _current = staticmethod(torch.cuda.current_stream)
 
