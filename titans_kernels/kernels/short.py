@@ -14,7 +14,8 @@ from .blocks import block_at, block_of
 from .coefficients import rows_of_gates
 from .records import Update
 from .retrieve import read_block
-from .scan import advance, block_of_keys
+from .scan import block_of_keys
+from .state import advance
 
 
 @triton.jit(do_not_specialize=["chunks", "final"])
