@@ -31,9 +31,9 @@ def repository() -> str | None:
     except OSError:  # no git
         return None
     found = re.fullmatch(
-        r"(?:https://|(?:ssh://)?git@)(github\.com)[:/]([^/]+/[^/]+?)(?:\.git)?/?", origin
+        r"(?:https://|(?:ssh://)?git@)github\.com[:/]([^/]+/[^/]+?)(\.git)?/?", origin
     )
-    return found and f"https://{found[1]}/{found[2]}"
+    return found and f"https://github.com/{found[1]}"
 
 
 def description() -> str:
@@ -41,11 +41,8 @@ def description() -> str:
 
     Without one, pictures and links to files are left out.
     """
-    text, picture, link = (
-        read("README.md"),
-        r"!\[([^\]]*)\]\((?!https:)",
-        r"\[([^\]]*)\]\((?!https:)",
-    )
+    link = r"\[([^\]]*)\]\((?!https:)"
+    text, picture = read("README.md"), f"!{link}"
     if REPOSITORY is None:
         text = re.sub(rf"^{picture}.*?\)\n+", "", text, flags=re.MULTILINE)
         return re.sub(rf"{link}[^)]*\)", r"\1", text)
@@ -54,6 +51,7 @@ def description() -> str:
 
 
 def addresses() -> dict[str, str]:
+    """What the package's page links to, by name."""
     found = {"Paper": "https://arxiv.org/abs/2501.00663"}
     if REPOSITORY is not None:
         found["Repository"] = REPOSITORY

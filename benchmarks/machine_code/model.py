@@ -43,7 +43,8 @@ and what of the last is W's and S's, and, rounded, h: 10 D + 6 hidden; coefficie
 
 which is 56 D hidden, twice forward's 28, and N (26 D + 24 hidden) FLOP, forward computed again not
 among them. Products of N by N and N by C tokens are whole here, as they are done: of those with
-history, half is masked.
+history, half is masked. A block's first chunk is counted like the others, though scan leaves out S
+and history there.
 
 The bytes have to pass between the pass and the GPU's memory: a tensor once a block, nothing for
 what caches can give again. Of scan's and scan_backward's, 32 D hidden / N are the running state
@@ -78,7 +79,7 @@ from typing import NamedTuple
 
 import torch
 
-from titans_kernels.kernels.operator import TURNS
+from titans_kernels.kernels.operator import GROUP, TURNS
 from titans_kernels.kernels.tiles import Blocks, Tile, tile
 
 from .. import RESULTS
@@ -88,7 +89,6 @@ from .published import delta_rule, sdpa
 
 CYCLES = 2.0  # between two instructions of a warp; a guess
 LAUNCH = 3e-6  # seconds of the host, a kernel
-GROUP = 2048  # tokens of a sequence between launches; forward pass: TURNS of them
 FORWARD_PASSES = ("coefficients", "scan", "retrieve")
 BACKWARD_PASSES = (
     *(f"{name}+" for name in FORWARD_PASSES),

@@ -232,8 +232,8 @@ def _walk(plan: Plan, packed: Packed, o: Tensor, states: States, kept: list[Tens
             for table, state in zip(kept, tables, strict=True):
                 table.index_copy_(0, rows[first], state)
         group = scratch[turn].at(running, anchor)
-        for rounded_, state in zip(before[turn], started, strict=True):
-            rounded_.copy_(state)
+        for start, state in zip(before[turn], started, strict=True):
+            start.copy_(state)
         launch.coefficients(tokens, group, first, problem)
         launch.scan(tokens, group, first, problem)
         scratch[turn] = group.read_from(before[turn]) if started else group
